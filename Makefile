@@ -1,0 +1,34 @@
+# Each command makes .venv from nothing but Python and a network, once, and does its work.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Passive waits: torch's and scikit-learn's threads do not fight over a busy machine's cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint bench-recipe clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/plot_digits.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+bench-recipe: $(VENV)/installed
+	$(BIN)/pip install -q -e .[benchmark]
+	$(BIN)/python benchmarks/recipe.py
+
+$(VENV)/installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,7 @@
+"""Deep clustering by self-labelling, with scikit-learn's API."""
+
+from sklearn_sela._clusterer import SelfLabelClusterer
+from sklearn_sela._sinkhorn import SinkhornResult, sinkhorn_labels
+
+__all__ = ["SelfLabelClusterer", "SinkhornResult", "sinkhorn_labels"]
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,82 @@
+"""Views of a batch: random changes that should not change the cluster, drawn per sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Augment = Callable[[Tensor], Tensor]
+
+
+class Jitter:
+    """Gaussian noise on standardised features."""
+
+    def __init__(self, generator: torch.Generator, std: float = 0.1):
+        self.generator, self.std = generator, std
+
+    def __call__(self, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=self.generator, device=x.device)
+        return x + self.std * noise
+
+
+class ImageAugment:
+    """Affine maps, flips where the data allow, brightness and contrast for colour images.
+
+    Each image draws its own rotation (15 degrees), scale (15 %), shear (0.2) and shift (an
+    eighth of the side), uniformly up to the limits in brackets at strength 1.
+    """
+
+    def __init__(self, generator: torch.Generator, strength: float = 1.0, flip: bool = False):
+        self.generator, self.strength, self.flip = generator, strength, flip
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n, s = len(x), self.strength
+
+        def uniform(*shape: int) -> Tensor:
+            u = torch.rand(n, *shape, generator=self.generator, device=x.device)
+            return s * (2 * u - 1)
+
+        angle, scale, shear = uniform() * math.radians(15), 1 + 0.15 * uniform(), 0.2 * uniform()
+        shift = 0.25 * uniform(2)  # of half a side
+        cos, sin = scale * angle.cos(), scale * angle.sin()
+        mirror = torch.ones(n, device=x.device)
+        if self.flip:
+            coin = torch.rand(n, generator=self.generator, device=x.device)
+            mirror = (coin < 0.5) * 2.0 - 1.0
+        theta = torch.stack([cos * mirror, shear - sin, sin * mirror, cos], 1).view(n, 2, 2)
+        theta = torch.cat([theta, shift[:, :, None]], 2)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+        x = F.grid_sample(x, grid, align_corners=False)
+        if x.shape[1] == 3:
+            gain, offset = 1 + 0.4 * uniform(1, 1, 1), 0.4 * uniform(1, 1, 1)
+            x = gain * x + offset
+        return x
+
+
+class Views:
+    """``views(indices)``: a random view of each row, by augmentation or by a neighbour."""
+
+    def __init__(
+        self,
+        rows: Callable[[Tensor], Tensor],
+        augment: Augment | None,
+        neighbors: Tensor | None,
+        probability: float,
+        generator: torch.Generator,
+    ):
+        self.rows, self.augment, self.neighbors = rows, augment, neighbors
+        self.probability, self.generator = probability, generator
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        if self.neighbors is not None:
+            n, k = len(indices), self.neighbors.shape[1]
+            device = self.generator.device
+            pick = torch.randint(k, (n,), generator=self.generator, device=device)
+            swap = torch.rand(n, generator=self.generator, device=device) < self.probability
+            indices = torch.where(swap, self.neighbors[indices, pick].long(), indices)
+        x = self.rows(indices)
+        return x if self.augment is None else self.augment(x)

@@ -1,0 +1,42 @@
+"""Backbones: functions that return a module mapping a batch to (n, FEATURES) features."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+FEATURES = 128  # width of the learned features, as in the clustering heads' input
+
+
+def mlp(n_inputs: int) -> nn.Module:
+    """Two hidden layers with batch norm, for vectors."""
+    return nn.Sequential(*_dense(n_inputs, 512), *_dense(512, 512), *_dense(512, FEATURES))
+
+
+def convnet(image_shape: tuple[int, int, int]) -> nn.Module:
+    """3 x 3 convolutions with batch norm, halving until the short side is 4 pixels or less.
+
+    8 x 8 pixels make one stage of 32 channels, 28 x 28 and 32 x 32 three of 16, 32 and 64.
+    """
+    channels, height, width = image_shape
+    layers: list[nn.Module] = []
+    out = 16 if min(height, width) > 8 else 32
+    while not layers or min(height, width) > 4:
+        layers += [
+            nn.Conv2d(channels, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+        ]
+        if min(height, width) > 4:
+            layers.append(nn.MaxPool2d(2))
+            height, width = height // 2, width // 2
+        channels, out = out, min(2 * out, 256)
+    layers += [nn.Flatten(), *_dense(channels * height * width, FEATURES)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def _dense(n_inputs: int, n_outputs: int) -> list[nn.Module]:
+    return [nn.Linear(n_inputs, n_outputs, bias=False), nn.BatchNorm1d(n_outputs), nn.ReLU()]
+
+
+BACKBONES = {"mlp": mlp, "convnet": convnet}

@@ -1,0 +1,420 @@
+"""The estimator: parameters, validation, and scikit-learn's methods. No maths."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    ClusterMixin,
+    TransformerMixin,
+)
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from sklearn_sela._augment import ImageAugment, Jitter, Views
+from sklearn_sela._backbones import BACKBONES, convnet, mlp
+from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows
+from sklearn_sela._device import resolve_device, seeded
+from sklearn_sela._network import inference
+from sklearn_sela._recipe import Recipe, fit_network
+from sklearn_sela._training import LABEL_TOL, Schedule
+from sklearn_sela.metrics import information_score
+
+
+class SelfLabelClusterer(
+    ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, BaseEstimator
+):
+    """TODO"""
+
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        *,
+        n_heads: int = 3,
+        over_clusters: int | str | None = "auto",
+        backbone: Any = "auto",
+        image_shape: tuple[int, ...] | None = None,
+        augment: Any = "auto",
+        n_neighbors: int | str = "auto",
+        neighbor_probability: float | str = "auto",
+        init: str = "kmeans",
+        soft_targets: bool = True,
+        n_views: int = 4,
+        n_solves: int | None = None,
+        cluster_sizes: Any = "learned",
+        reg: float = 0.2,
+        max_epochs: int = 50,
+        batch_size: int = 256,
+        learning_rate: float = 0.1,
+        lr_schedule: str = "one_cycle",
+        weight_decay: float = 5e-4,
+        device: Any = "auto",
+        random_state: Any = None,
+        verbose: int = 0,
+    ):
+        self.n_clusters = n_clusters
+        self.n_heads = n_heads
+        self.over_clusters = over_clusters
+        self.backbone = backbone
+        self.image_shape = image_shape
+        self.augment = augment
+        self.n_neighbors = n_neighbors
+        self.neighbor_probability = neighbor_probability
+        self.init = init
+        self.soft_targets = soft_targets
+        self.n_views = n_views
+        self.n_solves = n_solves
+        self.cluster_sizes = cluster_sizes
+        self.reg = reg
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.lr_schedule = lr_schedule
+        self.weight_decay = weight_decay
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: Any = None) -> SelfLabelClusterer:
+        """Learn features and clusters of X."""
+        self._check_parameters()
+        device = resolve_device(self.device)
+        before = self.__dict__.copy()
+        try:
+            return self._fit(X, device)
+        except BaseException:  # also Ctrl-C: an estimator that was fitted stays as it was
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _fit(self, X: ArrayLike, device: torch.device) -> SelfLabelClusterer:
+        X = self._validate_rows(X, reset=True)
+        n, n_values = len(X), math.prod(X.shape[1:])
+        if n < max(2, self.n_clusters):
+            raise ValueError(
+                f"n_samples={n} is too few for n_clusters={self.n_clusters}: at least one "
+                "sample per cluster, and 2 samples in all, are needed."
+            )
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        rng = np.random.default_rng(seed)
+        scaler = Scaler(X[draw_rows(n, n_values, n, rng)], self.image_shape_)
+        rows = Rows(X, scaler, device)
+        geometry = Geometry(rows, n_values, rng)
+        self._warn_of_duplicates(geometry.points)
+        history: list[dict] = []
+
+        def record(row: dict) -> None:
+            history.append({"epoch": len(history), **row})
+            if self.verbose:
+                print(_progress(history[-1], self.max_epochs), flush=True)
+
+        with seeded(seed, device) as generator:
+            backbone = self._make_backbone(n_values).to(device)
+            with torch.no_grad():
+                backbone.eval()
+                n_features = backbone(rows[slice(0, 2)]).flatten(1).shape[1]
+            augment = self._make_augment(geometry, generator, rng)
+            views = self._make_views(rows, geometry, augment, generator)
+            fitted = fit_network(
+                backbone, n_features, geometry, views, self._recipe(n), generator, seed, record
+            )
+        if not history:
+            raise KeyboardInterrupt
+        self._scaler = scaler
+        self.network_ = fitted.network.eval()
+        self.best_head_ = fitted.best_head
+        self.self_labels_ = fitted.self_labels
+        self.history_ = pd.DataFrame(history)
+        self.n_iter_ = len(history)
+        self.loss_ = float(history[-1]["loss"])
+        self._n_features_out = n_features
+        self.labels_ = self._predict_proba(X).argmax(1)
+        self._warn_of_trouble(fitted.complete, fitted.marginal_error)
+        return self
+
+    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
+        """Cluster of each row."""
+        return self.predict_proba(X).argmax(1)
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
+        check_is_fitted(self)
+        return self._predict_proba(self._validate_rows(X, reset=False))
+
+    def transform(self, X: ArrayLike) -> NDArray[np.float32]:
+        check_is_fitted(self)
+        X = self._validate_rows(X, reset=False)
+        return self._infer(X, self.network_.embed, self._n_features_out)
+
+    def score(self, X: ArrayLike, y: Any = None) -> float:
+        return information_score(self.predict_proba(X))
+
+    def _predict_proba(self, X: np.ndarray) -> NDArray[np.float32]:
+        def probabilities(x: Tensor) -> Tensor:
+            return self.network_(x)[:, self.best_head_].softmax(1)
+
+        return self._infer(X, probabilities, self.network_.shape[1])
+
+    def _infer(
+        self, X: np.ndarray, function: Callable[[Tensor], Tensor], width: int
+    ) -> NDArray[np.float32]:
+        out = np.empty((len(X), width), dtype=np.float32)
+        device = next(self.network_.parameters()).device
+        batches = inference(self.network_, function, lambda r: self._scaler(X[r], device), len(X))
+        for rows, values in batches:
+            out[rows] = values.cpu().numpy()
+        return out
+
+    def _check_parameters(self) -> None:
+        """Raise ValueError or TypeError for the first parameter out of range."""
+        whole = {"n_clusters": 1, "n_heads": 1, "n_views": 1, "max_epochs": 1, "batch_size": 1}
+        for name, low in {**whole, "verbose": 0}.items():
+            _check_number(name, getattr(self, name), Integral, low)
+        if self.n_solves is not None:
+            _check_number("n_solves", self.n_solves, Integral, 1)
+        if self.over_clusters not in (None, "auto"):
+            _check_number("over_clusters", self.over_clusters, Integral, 0)
+        if self.n_neighbors != "auto":
+            _check_number("n_neighbors", self.n_neighbors, Integral, 0)
+        if self.neighbor_probability != "auto":
+            _check_number("neighbor_probability", self.neighbor_probability, Real, 0, high=1)
+        for name in ("reg", "learning_rate"):
+            _check_number(name, getattr(self, name), Real, 0, strict=True)
+        _check_number("weight_decay", self.weight_decay, Real, 0)
+        _check_choice("init", self.init, ["kmeans", "random"])
+        _check_choice("lr_schedule", self.lr_schedule, ["one_cycle", "step"])
+        if isinstance(self.backbone, str):
+            _check_choice("backbone", self.backbone, ["auto", *BACKBONES], "or a torch module")
+        elif not callable(self.backbone):
+            raise TypeError(
+                f"backbone must be a name, a torch module or a callable, got {self.backbone!r}."
+            )
+        if isinstance(self.augment, str):
+            _check_choice("augment", self.augment, ["auto"], "None or a callable on a batch")
+        elif self.augment is not None and not callable(self.augment):
+            raise TypeError(f"augment must be 'auto', None or a callable, got {self.augment!r}.")
+        self._cluster_sizes()
+
+    def _cluster_sizes(self) -> str | np.ndarray:
+        if isinstance(self.cluster_sizes, str):
+            _check_choice(
+                "cluster_sizes", self.cluster_sizes, ["learned", "balanced"], "an array of shares"
+            )
+            return self.cluster_sizes
+        sizes = np.asarray(self.cluster_sizes, dtype=np.float64)
+        if sizes.shape != (self.n_clusters,) or not np.isfinite(sizes).all() or (sizes <= 0).any():
+            raise ValueError(
+                f"cluster_sizes must be 'learned', 'balanced' or n_clusters={self.n_clusters} "
+                f"positive shares, got {self.cluster_sizes!r}."
+            )
+        return sizes
+
+    def _validate_rows(self, X: Any, reset: bool) -> np.ndarray:
+        """X as an array of rows, uncopied where it is one; sets what fit learns of its shape."""
+        if isinstance(X, torch.utils.data.Dataset | torch.utils.data.DataLoader):
+            raise TypeError(
+                f"X is a torch {type(X).__name__}; pass its samples as an array or a tensor, "
+                "(n_samples, n_features) or (n_samples, channels, height, width)."
+            )
+        if isinstance(X, Tensor):
+            X = X.detach().cpu()
+            X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
+        if getattr(X, "ndim", 2) <= 2:
+            X = validate_data(self, X, reset=reset, dtype="numeric")
+        else:
+            X = check_array(X, allow_nd=True, dtype="numeric", estimator=self, input_name="X")
+            if X.ndim > 4:
+                raise ValueError(
+                    f"X has {X.ndim} dimensions, {X.shape}; expected (n_samples, n_features), "
+                    "(n_samples, height, width) or (n_samples, channels, height, width)."
+                )
+        if reset:
+            self.n_features_in_ = math.prod(X.shape[1:])
+            self.image_shape_ = _image_shape(X, self.image_shape)
+        elif X.ndim > 2 and (
+            self.image_shape_ is None or _as_image(X.shape[1:]) != self.image_shape_
+        ):
+            fitted = (
+                "vectors" if self.image_shape_ is None else f"images of shape {self.image_shape_}"
+            )
+            raise ValueError(
+                f"X holds images of shape {_as_image(X.shape[1:])}, but {type(self).__name__} was "
+                f"fitted on {fitted} ({self.n_features_in_} features)."
+            )
+        return X
+
+    def _make_backbone(self, n_values: int) -> nn.Module:
+        kind = self.backbone
+        if kind == "auto":
+            kind = "mlp" if self.image_shape_ is None else "convnet"
+        if kind == "mlp":
+            return nn.Sequential(nn.Flatten(), mlp(n_values))
+        if kind == "convnet":
+            if self.image_shape_ is None:
+                raise ValueError(
+                    "backbone='convnet' needs images: pass X as (n_samples, channels, height, "
+                    "width), or flat rows with image_shape=(height, width)."
+                )
+            return convnet(self.image_shape_)
+        made = copy.deepcopy(kind) if isinstance(kind, nn.Module) else kind()
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"backbone returned {type(made).__name__}, not a torch module.")
+        return made
+
+    def _make_augment(
+        self, geometry: Geometry, generator: torch.Generator, rng: np.random.Generator
+    ) -> Callable[[Tensor], Tensor] | None:
+        if self.augment != "auto":
+            return self.augment
+        if self.image_shape_ is None:
+            return Jitter(generator)
+        return ImageAugment(generator, flip=geometry.mirrors(rng))
+
+    def _make_views(
+        self,
+        rows: Rows,
+        geometry: Geometry,
+        augment: Callable[[Tensor], Tensor] | None,
+        generator: torch.Generator,
+    ) -> Views:
+        # Vectors have no augmentation to speak of: neighbours must do most of the work.
+        k, probability = (20, 0.7) if self.image_shape_ is None else (10, 0.5)
+        k = k if self.n_neighbors == "auto" else self.n_neighbors
+        if self.neighbor_probability != "auto":
+            probability = self.neighbor_probability
+        neighbors = None
+        if k and probability:
+            neighbors = torch.from_numpy(geometry.neighbors(k)).to(rows.device)
+        return Views(rows.__getitem__, augment, neighbors, probability, generator)
+
+    def _recipe(self, n: int) -> Recipe:
+        auto = max(50, 5 * self.n_clusters)
+        return Recipe(
+            n_clusters=self.n_clusters,
+            n_heads=self.n_heads,
+            over_clusters=auto if self.over_clusters == "auto" else int(self.over_clusters or 0),
+            init=self.init,
+            cluster_sizes=self._cluster_sizes(),
+            reg=self.reg,
+            soft_targets=self.soft_targets,
+            schedule=Schedule(
+                epochs=self.max_epochs,
+                # Small data: shorter batches, or an epoch would be a step or two.
+                batch_size=min(self.batch_size, max(32, n // 8)),
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+                lr_schedule=self.lr_schedule,
+                n_views=self.n_views,
+                n_solves=self.n_solves,
+            ),
+        )
+
+    def _warn_of_duplicates(self, points: np.ndarray) -> None:
+        distinct = len(np.unique(points, axis=0))
+        if distinct < self.n_clusters:
+            warnings.warn(
+                f"X has only {distinct} distinct rows, fewer than n_clusters="
+                f"{self.n_clusters}: some clusters will split identical rows or stay empty. "
+                "Lower n_clusters or look for constant data.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _warn_of_trouble(self, complete: bool, marginal_error: float) -> None:
+        if not complete:
+            warnings.warn(
+                f"Training was interrupted; the estimator is as it was after epoch "
+                f"{self.n_iter_} of {self.max_epochs}.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        if marginal_error > 10 * LABEL_TOL:
+            warnings.warn(
+                f"The last label solve stopped at marginal error {marginal_error:.2g}: cluster "
+                f"sizes are off by as much. Raise reg={self.reg:g}.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        found = len(np.unique(self.labels_))
+        if found == 1 < self.n_clusters:
+            warnings.warn(
+                "All samples are predicted into one cluster: the network cannot tell them "
+                f"apart. Lower learning_rate={self.learning_rate:g}, raise max_epochs="
+                f"{self.max_epochs}, set cluster_sizes='balanced', or scale the features.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+
+def _image_shape(X: np.ndarray, image_shape: tuple[int, ...] | None) -> tuple[int, int, int] | None:
+    """(channels, height, width) of the rows of X, or None for vectors."""
+    asked = None if image_shape is None else _as_image(tuple(image_shape))
+    if X.ndim == 2:
+        if asked is not None and math.prod(asked) != X.shape[1]:
+            raise ValueError(
+                f"image_shape={image_shape} holds {math.prod(asked)} values, but the rows of X "
+                f"have {X.shape[1]}."
+            )
+        return asked
+    found = _as_image(X.shape[1:])
+    if asked is not None and asked != found:
+        raise ValueError(f"image_shape={image_shape} does not match images of shape {found} in X.")
+    if found[2] in (1, 3, 4) and found[0] > 4:
+        raise ValueError(
+            f"X has shape {X.shape}, which reads as {found[0]} channels of {found[1]} x {found[2]} "
+            "pixels. Put channels first: X.transpose(0, 3, 1, 2)."
+        )
+    return found
+
+
+def _as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) not in (2, 3) or not all(isinstance(s, Integral) and s > 0 for s in shape):
+        raise ValueError(
+            f"image_shape={shape!r} must be (height, width) or (channels, height, width)."
+        )
+    c, h, w = (1, *shape) if len(shape) == 2 else shape
+    return int(c), int(h), int(w)
+
+
+def _check_number(
+    name: str, value: Any, kind: Any, low: float, high: float = math.inf, strict: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        noun = "an integer" if kind is Integral else "a number"
+        raise TypeError(f"{name} must be {noun}, got {value!r}.")
+    number = float(value)  # type: ignore[arg-type]
+    if not (low < number if strict else low <= number) or not number <= min(high, 1e300):
+        bound = f"> {low}" if strict else f">= {low}"
+        limit = "finite" if high == math.inf else f"<= {high}"
+        raise ValueError(f"{name} must be {bound} and {limit}, got {value!r}.")
+
+
+def _check_choice(name: str, value: str, known: list[str], also: str = "") -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {known}{also and ', ' + also}.")
+
+
+def _progress(row: dict, max_epochs: int) -> str:
+    return (
+        f"epoch {row['epoch'] + 1:>3}/{max_epochs} {row['stage']:<8}  loss {row['loss']:.3f}  "
+        f"changed {row['changed']:.1%}  sizes {row['smallest']}-{row['largest']}  "
+        f"{row['seconds']:.2f} s"
+    )

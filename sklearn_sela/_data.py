@@ -1,0 +1,132 @@
+"""The training rows: gathered, scaled and moved to the device one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
+
+REFERENCE_ROWS = 20_000  # rows that stand for all in neighbours and k-means
+_SAMPLE = 1 << 24  # values of X looked at for scaling and principal components: 64 MB
+_CHUNK = 1 << 22  # values of X embedded at a time
+_MIRROR = 1.3  # digits 1.7, Fashion-MNIST 1.1
+_PCA_DIM = 50  # in which neighbours are searched: less noise, less time
+
+
+class Scaler:
+    """Shift and scale learned from the reference rows.
+
+    Vectors: each feature to mean 0 and variance 1. Images: each channel divided by its
+    standard deviation, after subtracting its typical border value, so that the zeros that
+    geometric augmentation moves in look like more background.
+    """
+
+    def __init__(self, rows: np.ndarray, image_shape: tuple[int, int, int] | None):
+        x = rows.reshape(len(rows), *(image_shape or rows.shape[1:])).astype(np.float32)
+        axes = 0 if image_shape is None else (0, 2, 3)
+        self.scale = x.std(axes, keepdims=True, dtype=np.float64)[0].astype(np.float32)
+        tiny = 1e-6 * np.abs(x).max(axes, keepdims=True)[0] + np.finfo(np.float32).tiny
+        self.scale[self.scale <= tiny] = 1.0  # constant: nothing to learn, nothing to blow up
+        if image_shape is None:
+            self.shift = x.mean(axes, keepdims=True, dtype=np.float64)[0].astype(np.float32)
+        else:
+            rim = [x[:, :, [0, -1], :], x[..., [0, -1]].swapaxes(2, 3)]
+            values = np.concatenate([r.reshape(*x.shape[:2], -1) for r in rim], 2)
+            self.shift = np.median(values, axis=(0, 2))[:, None, None]
+        self.image_shape = image_shape
+
+    def __call__(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        """Rows of any dtype and layout, as (n, d) or (n, C, H, W) float32 on the device."""
+        batch = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32)).to(device)
+        batch = batch.reshape(len(rows), *(self.image_shape or rows.shape[1:]))
+        x = (batch - torch.from_numpy(self.shift).to(device)) / torch.from_numpy(self.scale).to(
+            device
+        )
+        return x if self.image_shape is None else x.contiguous(memory_format=torch.channels_last)
+
+
+class Rows:
+    """All training rows, by index: ``rows[indices]`` is a scaled batch on the device."""
+
+    def __init__(self, X: np.ndarray, scaler: Scaler, device: torch.device):
+        self.X, self.scaler, self.device = X, scaler, device
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def __getitem__(self, indices: Tensor | slice) -> Tensor:
+        if isinstance(indices, Tensor):
+            indices = indices.cpu().numpy()  # type: ignore[assignment]
+        return self.scaler(self.X[indices], self.device)
+
+
+def draw_rows(n: int, n_values: int, limit: int, rng: np.random.Generator) -> np.ndarray:
+    """Sorted indices of at most ``limit`` rows, fewer if they hold more than _SAMPLE values."""
+    size = min(n, limit, max(256, _SAMPLE // n_values))
+    return np.arange(n) if size == n else np.sort(rng.choice(n, size, replace=False))
+
+
+class Geometry:
+    """Where the rows lie before anything is learned: principal components and neighbours.
+
+    Up to REFERENCE_ROWS rows, all of a small data set, stand for the whole: neighbours are
+    looked for among them, so that time and memory grow linearly with the rows.
+    """
+
+    def __init__(self, rows: Rows, n_values: int, rng: np.random.Generator):
+        self.rows, self.n_values = rows, n_values
+        n = len(rows)
+        sample = draw_rows(n, n_values, REFERENCE_ROWS, rng)
+        x = self.flat(sample)
+        self.pca = None
+        if n_values > _PCA_DIM and len(x) > 1 and np.ptp(x) > 0:
+            dim = min(_PCA_DIM, len(x))
+            self.pca = PCA(dim, svd_solver="randomized", random_state=int(rng.integers(2**31))).fit(
+                x
+            )
+        self.reference = np.sort(rng.permutation(n)[:REFERENCE_ROWS])
+        chunks = [self.embed(part) for part in self.parts(self.reference)]
+        self.points = np.concatenate(chunks)
+        self._search = NearestNeighbors(algorithm="brute").fit(self.points)
+
+    def flat(self, indices: np.ndarray) -> np.ndarray:
+        return self.rows[torch.from_numpy(indices)].flatten(1).cpu().numpy()
+
+    def embed(self, indices: np.ndarray) -> np.ndarray:
+        return self.project(self.flat(indices))
+
+    def project(self, x: np.ndarray) -> np.ndarray:
+        return x if self.pca is None else self.pca.transform(x).astype(np.float32)
+
+    def parts(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Indices in parts small enough to embed at a time."""
+        size = max(1, _CHUNK // self.n_values)
+        return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All rows in parts: (indices, points)."""
+        for part in self.parts(np.arange(len(self.rows))):
+            yield part, self.embed(part)
+
+    def neighbors(self, k: int) -> np.ndarray:
+        """(n, k) indices of each row's nearest reference rows, itself left out."""
+        k = min(k, len(self.reference) - 1)
+        found = np.empty((len(self.rows), k), dtype=np.int32)
+        for part, points in self.chunks():
+            near = self.reference[self._search.kneighbors(points, k + 1, return_distance=False)]
+            drop = near == part[:, None]
+            drop[~drop.any(1), -1] = True  # no reference row, or behind duplicates of it
+            found[part] = near[~drop].reshape(-1, k)
+        return found
+
+    def mirrors(self, rng: np.random.Generator, probes: int = 500) -> bool:
+        """Whether mirrored images look like the data: about as near to a row as rows are."""
+        indices = draw_rows(len(self.rows), self.n_values, probes, rng)
+        x = self.rows[torch.from_numpy(indices)]
+        mirrored = self.project(x.flip(-1).flatten(1).cpu().numpy())
+        own = self._search.kneighbors(self.embed(indices), 2)[0][:, -1]
+        return bool(np.median(self._search.kneighbors(mirrored, 1)[0]) < _MIRROR * np.median(own))

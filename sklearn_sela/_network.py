@@ -1,0 +1,59 @@
+"""The network: one backbone, several clustering heads, and inference in fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Rows of one inference batch. The last batch is padded to it: kernels choose their order of
+# summation by shape, so only equal shapes give a row the same bits in any company.
+INFERENCE_ROWS = 256
+
+
+class SelfLabelNetwork(nn.Module):
+    """Backbone and ``n_heads`` linear heads; maps (n, ...) to (n, n_heads, n_clusters) logits."""
+
+    def __init__(self, backbone: nn.Module, n_features: int, n_heads: int, n_clusters: int):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.Linear(n_features, n_heads * n_clusters)
+        self.shape = (n_heads, n_clusters)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.backbone(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(self.embed(x)).unflatten(1, self.shape)
+
+    def start_heads(self, centroids: Tensor, scale: float) -> None:
+        """Point each output at a centroid; centroids (n_heads, n_clusters, n_features)."""
+        directions = F.normalize(centroids, dim=2)
+        directions = directions - directions.mean(1, keepdim=True)
+        with torch.no_grad():
+            self.heads.weight.copy_(scale * directions.flatten(0, 1))
+            self.heads.bias.zero_()
+
+
+def inference(
+    network: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    batch: Callable[[slice], Tensor],
+    n: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, function(batch(rows))) over n rows, network in eval mode meanwhile."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, n, INFERENCE_ROWS):
+                rows = slice(start, min(start + INFERENCE_ROWS, n))
+                x = batch(rows)
+                short = INFERENCE_ROWS - len(x)
+                if short:
+                    x = torch.cat([x, x[:1].expand(short, *x.shape[1:])])
+                yield rows, function(x)[: INFERENCE_ROWS - short]
+    finally:
+        network.train(training)

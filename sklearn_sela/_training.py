@@ -1,0 +1,201 @@
+"""The alternation of self-labelling: label all rows by transport, learn from the labels.
+
+Plain torch, usable without scikit-learn. Notation of the paper (Asano et al., ICLR 2020) in
+trailing comments.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sklearn_sela._network import SelfLabelNetwork
+from sklearn_sela._sinkhorn import sinkhorn_labels
+
+LABEL_TOL = 1e-3  # L1 error of the cluster shares at which a label solve stops
+_LABEL_ITER = 200  # most iterations of one solve; the next solve goes on from its potential
+_LABEL_ROWS = 1024  # rows of one batch of a label pass
+
+Record = Callable[[dict], None]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train; the estimator's parameters of the same names."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    lr_schedule: str
+    n_views: int
+    n_solves: int | None
+
+    def solve_epochs(self) -> set[int]:
+        """Epochs that begin with a label solve: all, or n_solves of them, dense early on.
+
+        Epoch 0 trains on the starting labels, as in the paper.
+        """
+        if self.n_solves is None:
+            return set(range(1, self.epochs))
+        at = (self.epochs * (i / (self.n_solves + 1)) ** 2 for i in range(1, self.n_solves + 1))
+        return {max(1, math.floor(epoch)) for epoch in at}
+
+    def optimiser(
+        self, network: torch.nn.Module, steps: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """SGD with momentum 0.9, and its learning rate over ``steps`` steps."""
+        sgd = torch.optim.SGD(
+            network.parameters(),
+            self.learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=self.weight_decay,
+        )
+        if self.lr_schedule == "step":
+            milestones = [round(steps * share) for share in (0.4, 0.6, 0.8)]
+            return sgd, torch.optim.lr_scheduler.MultiStepLR(sgd, milestones, 0.1)
+        return sgd, torch.optim.lr_scheduler.OneCycleLR(
+            sgd, self.learning_rate, total_steps=max(2, steps), cycle_momentum=False
+        )
+
+
+class SelfLabels:
+    """The current labels of all rows, one set per head.
+
+    Kept as the scores and the potential of the last solve, from which soft targets are
+    formed a batch at a time; before the first solve, as the labels to start from.
+
+    Parameters
+    ----------
+    labels : int tensor of shape (n_heads, n_samples)
+        Labels to start from.
+    weights : tensor of shape (n_heads, n_clusters)
+        Share of the rows that each cluster of each head should get.
+    reg, reg_m : float
+        See :func:`sklearn_sela.sinkhorn_labels`.
+    soft : bool
+        Train on the soft assignment or on its labels.
+    """
+
+    def __init__(self, labels: Tensor, weights: Tensor, reg: float, reg_m: float, soft: bool):
+        self.labels, self.weights = labels, weights
+        self.reg, self.reg_m, self.soft = reg, reg_m, soft
+        self.scores: Tensor | None = None
+        self.potential: list[Tensor | None] = [None] * len(labels)
+        self.n_iter, self.marginal_error, self.changed = 0, 0.0, 0.0
+
+    def solve(self, scores: Tensor) -> None:
+        """Label all rows afresh from scores (n_heads, n_samples, n_clusters)."""
+        results = [
+            sinkhorn_labels(
+                s,
+                reg=self.reg,
+                cluster_weights=w,
+                reg_m=self.reg_m,
+                tol=LABEL_TOL,
+                max_iter=_LABEL_ITER,
+                potential=p,
+                warn=False,
+            )
+            for s, w, p in zip(scores, self.weights, self.potential, strict=True)
+        ]
+        labels = torch.stack([r.labels for r in results])
+        self.changed = float((labels != self.labels).double().mean())
+        self.labels, self.scores = labels, scores
+        self.potential = [r.potential for r in results]
+        self.n_iter = sum(r.n_iter for r in results)
+        self.marginal_error = max(r.marginal_error for r in results)
+
+    def targets(self, rows: Tensor) -> Tensor:
+        """q(y | x_i) of the rows, (n_rows, n_heads, n_clusters)."""
+        if self.scores is None or not self.soft:
+            return F.one_hot(self.labels[:, rows].T, self.weights.shape[1]).float()
+        shift = torch.stack([p.float() for p in self.potential])  # type: ignore[union-attr]
+        return ((self.scores[:, rows] + shift[:, None]) / self.reg).softmax(2).transpose(0, 1)
+
+
+def self_label(
+    network: SelfLabelNetwork,
+    views: Callable[[Tensor], Tensor],
+    labels: SelfLabels,
+    schedule: Schedule,
+    generator: torch.Generator,
+    record: Record,
+) -> bool:
+    """Alternate label solves and epochs of learning; False when interrupted by Ctrl-C.
+
+    ``views(rows)`` draws a random view of each row. ``record`` gets one dict an epoch. After
+    an interruption the network is as it was after the last complete epoch.
+    """
+    n = labels.labels.shape[1]
+    n_batches = max(1, round(n / min(schedule.batch_size, n)))
+    sgd, rate = schedule.optimiser(network, schedule.epochs * n_batches)
+    solve_epochs = schedule.solve_epochs()
+    kept = copy.deepcopy(network.state_dict())
+    for epoch in range(schedule.epochs):
+        start = time.perf_counter()
+        try:
+            solved = epoch in solve_epochs
+            if solved:  # min over Q, eq. (6)
+                labels.solve(mean_log_probability(network, views, n, schedule.n_views))
+            loss, order = 0.0, torch.randperm(n, generator=generator, device=generator.device)
+            network.train()
+            for rows in order.tensor_split(n_batches):  # min over the network, eq. (4)
+                log_p = network(views(rows)).log_softmax(2)
+                batch_loss = -(labels.targets(rows) * log_p).sum(2).mean()
+                sgd.zero_grad()
+                batch_loss.backward()
+                sgd.step()
+                rate.step()
+                loss += float(batch_loss.detach()) * len(rows) / n
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"The loss became {loss} in epoch {epoch} of this stage. Lower "
+                        f"learning_rate={schedule.learning_rate:g}, or look for extreme "
+                        "values in X."
+                    )
+        except KeyboardInterrupt:
+            network.load_state_dict(kept)
+            return False
+        kept = copy.deepcopy(network.state_dict())
+        sizes = torch.stack(
+            [la.bincount(minlength=labels.weights.shape[1]) for la in labels.labels]
+        )
+        record(
+            {
+                "loss": loss,
+                "seconds": time.perf_counter() - start,
+                "solver_iterations": labels.n_iter if solved else 0,
+                "marginal_error": labels.marginal_error,
+                "changed": labels.changed if solved else 0.0,
+                "smallest": int(sizes.min()),
+                "largest": int(sizes.max()),
+            }
+        )
+    return True
+
+
+@torch.no_grad()
+def mean_log_probability(
+    network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int, n_views: int
+) -> Tensor:
+    """log p(y | x_i) averaged over random views, (n_heads, n, n_clusters)."""
+    network.eval()
+    total: Tensor | None = None
+    device = next(network.parameters()).device
+    for _ in range(n_views):
+        for rows in torch.arange(n, device=device).split(_LABEL_ROWS):
+            log_p = network(views(rows)).log_softmax(2).transpose(0, 1)
+            if total is None:
+                total = torch.zeros(log_p.shape[0], n, log_p.shape[2], device=device)
+            total[:, rows] += log_p / n_views
+    assert total is not None
+    return total

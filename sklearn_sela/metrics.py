@@ -1,0 +1,61 @@
+"""Scores of a clustering, with and without the true classes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics.cluster import contingency_matrix
+
+
+def clustering_accuracy(labels_true: ArrayLike, labels_pred: ArrayLike) -> float:
+    """Share of samples in the right class under the best one-to-one match of clusters.
+
+    Parameters
+    ----------
+    labels_true : array-like of shape (n_samples,)
+        Classes.
+    labels_pred : array-like of shape (n_samples,)
+        Clusters; a cluster beyond the number of classes matches none.
+
+    Returns
+    -------
+    float
+        Between 0 and 1 (ACC in the literature; Hungarian matching: Kuhn 1955).
+
+    Examples
+    --------
+    >>> from sklearn_sela.metrics import clustering_accuracy
+    >>> clustering_accuracy([0, 0, 1, 1], [1, 1, 0, 2])
+    0.75
+    """
+    table = contingency_matrix(labels_true, labels_pred)
+    return float(table[linear_sum_assignment(table, maximize=True)].sum() / table.sum())
+
+
+def information_score(proba: ArrayLike) -> float:
+    """Information that cluster probabilities carry about the samples, over its maximum.
+
+    ``(H(mean of p) - mean of H(p)) / log K``: 1 for K equal clusters of which every sample is
+    sure, 0 if all samples get the same probabilities (or K = 1).
+
+    Parameters
+    ----------
+    proba : array-like of shape (n_samples, n_clusters)
+        Rows that sum to one, as from ``predict_proba``.
+
+    Returns
+    -------
+    float
+        Between 0 and 1. The quantity that SeLa's equal sizes maximise (Asano et al., ICLR
+        2020; Bridle et al., NeurIPS 1991).
+    """
+    p = np.asarray(proba, dtype=np.float64)
+    if p.shape[1] == 1:
+        return 0.0
+
+    def entropy(q: np.ndarray) -> np.ndarray:
+        return -np.sum(q * np.log(np.where(q > 0, q, 1.0)), axis=-1)
+
+    information = entropy(p.mean(0)) - entropy(p).mean()
+    return float(np.clip(information / np.log(p.shape[1]), 0.0, 1.0))
