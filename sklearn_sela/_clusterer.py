@@ -37,7 +37,122 @@ from sklearn_sela.metrics import information_score
 class SelfLabelClusterer(
     ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, BaseEstimator
 ):
-    """TODO"""
+    """Deep clustering by self-labelling (SeLa), as a scikit-learn clusterer and transformer.
+
+    Alternates between training a network on labels and re-labelling all samples by optimal
+    transport, so that labels carry information about the data and cannot collapse [1]_. Fits
+    in two rounds: an over-clustering that learns features, then the clusters asked for,
+    started from the learned features (docs/recipe.rst says why, with measurements).
+
+    Parameters
+    ----------
+    n_clusters : int, default=8
+        Number of clusters K.
+    n_heads : int, default=3
+        Clustering heads that share the backbone: T of the paper. They start from different
+        clusterings; the one whose labels agree best between views predicts.
+    over_clusters : "auto", int or None, default="auto"
+        Clusters of the first round; at most one per 8 samples. "auto" is five times
+        ``n_clusters``, at least 50. None or 0 skips the round (the paper's way).
+    backbone : {"auto", "mlp", "convnet"}, torch.nn.Module or callable, default="auto"
+        Maps a batch to features; whatever its output shape, it is flattened. A module is
+        copied, never changed; a callable is called without arguments and returns one.
+        "auto" takes the convnet for images, the MLP for vectors.
+    image_shape : tuple of int, default=None
+        (height, width) or (channels, height, width) of images given as flat rows.
+    augment : "auto", None or callable, default="auto"
+        Random change of a batch (a scaled float32 tensor, on the device) that should not
+        change clusters. "auto" is jitter for vectors; for images rotation, scale, shear and
+        shift, mirroring if mirrored images look like the data, and brightness and contrast
+        for colour images, drawn for each sample.
+    n_neighbors : "auto" or int, default="auto"
+        Nearest neighbours (in 50 principal components) that may stand in for a sample: a
+        second kind of view. "auto" is 10 for images, 20 for vectors; 0 turns it off.
+    neighbor_probability : "auto" or float, default="auto"
+        Chance that a view shows a neighbour. "auto" is 0.5 for images, 0.7 for vectors,
+        which have no augmentation to speak of.
+    init : {"kmeans", "random"}, default="kmeans"
+        Labels that training starts from: k-means in principal components, or the paper's
+        random balanced ones.
+    soft_targets : bool, default=True
+        Train on the soft assignment of the transport; False is the paper's hard labels.
+    n_views : int, default=4
+        Random views whose log-probabilities are averaged before each label solve; the
+        paper's is 1.
+    n_solves : int, default=None
+        Label solves of each round, dense early on as in the paper. None solves before every
+        epoch but the first.
+    cluster_sizes : {"learned", "balanced"} or array-like of shape (n_clusters,), default="learned"
+        Share of the samples each cluster gets. "learned" takes those of the clustering that
+        the second round starts from, as a prior that pulls; where the data establish that
+        sizes are equal, it is "balanced". "balanced" and given shares are held exactly;
+        cluster k gets the k-th share.
+    reg : float, default=0.2
+        Entropic regularisation of the label solve, in nats: 1 / lambda of the paper, whose
+        values are lambda = 25 (ImageNet) and 10 (CIFAR).
+    max_epochs : int, default=50
+        Passes over the data, half of them in each round.
+    batch_size : int, default=256
+        Samples of one gradient step; less for small data, never under an eighth of them.
+    learning_rate : float, default=0.1
+        Peak step size of stochastic gradient descent (momentum 0.9).
+    lr_schedule : {"one_cycle", "step"}, default="one_cycle"
+        Warm up and cool down in each round, or divide by 10 after 40, 60 and 80 % (paper).
+    weight_decay : float, default=5e-4
+        L2 penalty on the weights (the paper's CIFAR value).
+    device : str or torch.device, default="auto"
+        "auto" takes CUDA, then MPS, then the CPU.
+    random_state : int, RandomState instance or None, default=None
+        Decides everything on a given machine and number of threads; global generators are
+        left as they were.
+    verbose : int, default=0
+        1 prints a line an epoch.
+
+    Attributes
+    ----------
+    labels_ : ndarray of shape (n_samples,)
+        Cluster of each training sample; equal to ``predict`` of the training data.
+    self_labels_ : ndarray of shape (n_heads, n_samples)
+        The transport's own last assignments, a row per head.
+    best_head_ : int
+        The head that predicts.
+    network_ : torch.nn.Module
+        The trained network: ``backbone`` and ``heads``.
+    n_iter_ : int
+        Epochs run.
+    loss_ : float
+        Cross-entropy of the last epoch, in nats, mean over heads.
+    history_ : pandas.DataFrame
+        A row per epoch: epoch, stage ("features" or "clusters"), loss, seconds,
+        solver_iterations, marginal_error, changed (share of samples whose label changed),
+        smallest and largest (cluster, in samples).
+    image_shape_ : tuple of int or None
+        (channels, height, width) of images; None for vectors.
+    n_features_in_ : int
+        Values per sample.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Column names, when X is a DataFrame with string names.
+
+    Notes
+    -----
+    Vectors are standardised, images scaled per channel, a batch at a time: X is never
+    copied whole, and may be a read-only memmap. Fits in one process run one after another,
+    for torch's global generator, which users' modules draw from, is one per process.
+
+    References
+    ----------
+    .. [1] Asano, Rupprecht, Vedaldi. Self-labelling via simultaneous clustering and
+       representation learning. ICLR 2020.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn_sela import SelfLabelClusterer
+    >>> X = load_digits().images[:300]
+    >>> clusterer = SelfLabelClusterer(n_clusters=10, max_epochs=4, random_state=0).fit(X)
+    >>> clusterer.predict_proba(X).shape, clusterer.transform(X).shape
+    ((300, 10), (300, 128))
+    """
 
     def __init__(
         self,
@@ -89,7 +204,30 @@ class SelfLabelClusterer(
         self.verbose = verbose
 
     def fit(self, X: ArrayLike, y: Any = None) -> SelfLabelClusterer:
-        """Learn features and clusters of X."""
+        """Learn features and clusters of X.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or tensor
+            (n_samples, n_features) vectors or flat images; (n_samples, height, width) or
+            (n_samples, channels, height, width) images. Integers or floats.
+        y : Ignored
+
+        Returns
+        -------
+        self
+            Fitted estimator. Ctrl-C keeps the last complete epoch and warns.
+
+        Raises
+        ------
+        ValueError
+            For X or a parameter out of range.
+        TypeError
+            For X or a parameter of the wrong kind, such as a torch Dataset.
+        FloatingPointError
+            When the loss is not finite. Whatever is raised, an estimator that was fitted
+            before stays as it was.
+        """
         self._check_parameters()
         device = resolve_device(self.device)
         before = self.__dict__.copy()
@@ -146,19 +284,32 @@ class SelfLabelClusterer(
         return self
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
-        """Cluster of each row."""
+        """Cluster of each sample.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), int64
+            Independent of the company and order of the samples, like all below.
+        """
         return self.predict_proba(X).argmax(1)
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Probability of each cluster, ndarray of shape (n_samples, n_clusters), float32."""
         check_is_fitted(self)
         return self._predict_proba(self._validate_rows(X, reset=False))
 
     def transform(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Learned features: the backbone's output, (n_samples, n_features_out), float32."""
         check_is_fitted(self)
         X = self._validate_rows(X, reset=False)
         return self._infer(X, self.network_.embed, self._n_features_out)
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
+        """Information of the clusters about X, over log K: between 0 and 1, higher is better.
+
+        See :func:`sklearn_sela.metrics.information_score`. Comparable between fits with the
+        same number of clusters; y is ignored.
+        """
         return information_score(self.predict_proba(X))
 
     def _predict_proba(self, X: np.ndarray) -> NDArray[np.float32]:
