@@ -34,9 +34,12 @@ def fashion_mnist(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
                 f"Fashion-MNIST needs Debian's package {_PACKAGE}: {error}"
             ) from error
     prefix = {"train": "train", "test": "t10k"}[split]
-    X = np.frombuffer(gzip.open(folder / f"{prefix}-images-idx3-ubyte.gz").read(), np.uint8, -1, 16)
-    y = np.frombuffer(gzip.open(folder / f"{prefix}-labels-idx1-ubyte.gz").read(), np.uint8, -1, 8)
-    X = X.reshape(-1, 28, 28)
+
+    def read(name: str, header: int) -> np.ndarray:
+        packed = (folder / f"{prefix}-{name}-ubyte.gz").read_bytes()
+        return np.frombuffer(gzip.decompress(packed), np.uint8, offset=header)
+
+    X, y = read("images-idx3", 16).reshape(-1, 28, 28), read("labels-idx1", 8)
     if split == "test":
         return X, y
     chosen = np.random.RandomState(0).permutation(len(X))[:10_000]

@@ -45,9 +45,9 @@ def build(method: str, k: int, seed: int, n_features: int, settings: dict):
 
 def measure(method: str, dataset: str, seed: int, settings: dict) -> dict:
     """Fit once (twice on digits, for the warm time) and score."""
-    from data import fashion_mnist, load
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+    from data import fashion_mnist, load
     from sklearn_sela.metrics import clustering_accuracy
 
     warnings.simplefilter("ignore")

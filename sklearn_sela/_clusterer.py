@@ -28,7 +28,7 @@ from sklearn_sela._augment import ImageAugment, Jitter, Views
 from sklearn_sela._backbones import BACKBONES, convnet, mlp
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows
 from sklearn_sela._device import resolve_device, seeded
-from sklearn_sela._network import inference
+from sklearn_sela._network import inference, rows_at_once
 from sklearn_sela._recipe import Recipe, fit_network
 from sklearn_sela._training import LABEL_TOL, Schedule
 from sklearn_sela.metrics import information_score
@@ -101,7 +101,7 @@ class SelfLabelClusterer(
     weight_decay : float, default=5e-4
         L2 penalty on the weights (the paper's CIFAR value).
     device : str or torch.device, default="auto"
-        "auto" takes CUDA, then MPS, then the CPU.
+        "cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one.
     random_state : int, RandomState instance or None, default=None
         Decides everything on a given machine and number of threads; global generators are
         left as they were.
@@ -323,8 +323,11 @@ class SelfLabelClusterer(
     ) -> NDArray[np.float32]:
         out = np.empty((len(X), width), dtype=np.float32)
         device = next(self.network_.parameters()).device
-        batches = inference(self.network_, function, lambda r: self._scaler(X[r], device), len(X))
-        for rows, values in batches:
+
+        def batch(rows: slice) -> Tensor:
+            return self._scaler(X[rows], device)
+
+        for rows, values in inference(self.network_, function, batch, len(X), self.n_features_in_):
             out[rows] = values.cpu().numpy()
         return out
 
@@ -346,6 +349,8 @@ class SelfLabelClusterer(
         _check_number("weight_decay", self.weight_decay, Real, 0)
         _check_choice("init", self.init, ["kmeans", "random"])
         _check_choice("lr_schedule", self.lr_schedule, ["one_cycle", "step"])
+        if not isinstance(self.soft_targets, bool):
+            raise TypeError(f"soft_targets must be a bool, got {self.soft_targets!r}.")
         if isinstance(self.backbone, str):
             _check_choice("backbone", self.backbone, ["auto", *BACKBONES], "or a torch module")
         elif not callable(self.backbone):
@@ -364,7 +369,10 @@ class SelfLabelClusterer(
                 "cluster_sizes", self.cluster_sizes, ["learned", "balanced"], "an array of shares"
             )
             return self.cluster_sizes
-        sizes = np.asarray(self.cluster_sizes, dtype=np.float64)
+        try:
+            sizes = np.asarray(self.cluster_sizes, dtype=np.float64)
+        except (TypeError, ValueError):
+            sizes = np.array(np.nan)
         if sizes.shape != (self.n_clusters,) or not np.isfinite(sizes).all() or (sizes <= 0).any():
             raise ValueError(
                 f"cluster_sizes must be 'learned', 'balanced' or n_clusters={self.n_clusters} "
@@ -382,6 +390,8 @@ class SelfLabelClusterer(
         if isinstance(X, Tensor):
             X = X.detach().cpu()
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
+        elif isinstance(X, list | tuple):
+            X = np.asarray(X)
         if getattr(X, "ndim", 2) <= 2:
             X = validate_data(self, X, reset=reset, dtype="numeric")
         else:
@@ -393,6 +403,8 @@ class SelfLabelClusterer(
                 )
         if reset:
             self.n_features_in_ = math.prod(X.shape[1:])
+            if X.ndim > 2:  # images have none; an earlier fit may have had
+                self.__dict__.pop("feature_names_in_", None)
             self.image_shape_ = _image_shape(X, self.image_shape)
         elif X.ndim > 2 and (
             self.image_shape_ is None or _as_image(X.shape[1:]) != self.image_shape_
@@ -441,10 +453,10 @@ class SelfLabelClusterer(
         generator: torch.Generator,
     ) -> Views:
         # Vectors have no augmentation to speak of: neighbours must do most of the work.
-        k, probability = (20, 0.7) if self.image_shape_ is None else (10, 0.5)
-        k = k if self.n_neighbors == "auto" else self.n_neighbors
-        if self.neighbor_probability != "auto":
-            probability = self.neighbor_probability
+        vectors = self.image_shape_ is None
+        k, probability = self.n_neighbors, self.neighbor_probability
+        k = (20 if vectors else 10) if k == "auto" else int(k)
+        probability = (0.7 if vectors else 0.5) if probability == "auto" else float(probability)
         neighbors = None
         if k and probability:
             neighbors = torch.from_numpy(geometry.neighbors(k)).to(rows.device)
@@ -464,6 +476,7 @@ class SelfLabelClusterer(
                 epochs=self.max_epochs,
                 # Small data: shorter batches, or an epoch would be a step or two.
                 batch_size=min(self.batch_size, max(32, n // 8)),
+                label_rows=rows_at_once(self.n_features_in_, 1024),
                 learning_rate=self.learning_rate,
                 weight_decay=self.weight_decay,
                 lr_schedule=self.lr_schedule,
@@ -486,8 +499,8 @@ class SelfLabelClusterer(
     def _warn_of_trouble(self, complete: bool, marginal_error: float) -> None:
         if not complete:
             warnings.warn(
-                f"Training was interrupted; the estimator is as it was after epoch "
-                f"{self.n_iter_} of {self.max_epochs}.",
+                f"Training was interrupted; the estimator is as it was after the last complete "
+                f"epoch, {self.n_iter_} of {self.max_epochs}.",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -517,31 +530,33 @@ class SelfLabelClusterer(
 
 def _image_shape(X: np.ndarray, image_shape: tuple[int, ...] | None) -> tuple[int, int, int] | None:
     """(channels, height, width) of the rows of X, or None for vectors."""
-    asked = None if image_shape is None else _as_image(tuple(image_shape))
-    if X.ndim == 2:
-        if asked is not None and math.prod(asked) != X.shape[1]:
-            raise ValueError(
-                f"image_shape={image_shape} holds {math.prod(asked)} values, but the rows of X "
-                f"have {X.shape[1]}."
-            )
-        return asked
-    found = _as_image(X.shape[1:])
-    if asked is not None and asked != found:
-        raise ValueError(f"image_shape={image_shape} does not match images of shape {found} in X.")
-    if found[2] in (1, 3, 4) and found[0] > 4:
+    asked = None if image_shape is None else _as_image(image_shape)
+    shape = asked if X.ndim == 2 else _as_image(X.shape[1:])
+    if shape is None:
+        return None
+    if math.prod(shape) != math.prod(X.shape[1:]):
         raise ValueError(
-            f"X has shape {X.shape}, which reads as {found[0]} channels of {found[1]} x {found[2]} "
-            "pixels. Put channels first: X.transpose(0, 3, 1, 2)."
+            f"image_shape={image_shape} holds {math.prod(shape)} values, but the rows of X have "
+            f"{X.shape[1]}."
         )
-    return found
+    if asked is not None and asked != shape:
+        raise ValueError(f"image_shape={image_shape} does not match images of shape {shape} in X.")
+    if shape[2] in (1, 3, 4) and min(shape[:2]) > 4:
+        raise ValueError(
+            f"Images of shape {shape} read as {shape[0]} channels of {shape[1]} x {shape[2]} "
+            "pixels. Put channels first: images.transpose(0, 3, 1, 2)."
+        )
+    return shape
 
 
-def _as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    if len(shape) not in (2, 3) or not all(isinstance(s, Integral) and s > 0 for s in shape):
+def _as_image(shape: Any) -> tuple[int, int, int]:
+    sizes = tuple(shape) if np.iterable(shape) else ()
+    whole = all(isinstance(size, Integral) and int(size) > 0 for size in sizes)
+    if len(sizes) not in (2, 3) or not whole:
         raise ValueError(
             f"image_shape={shape!r} must be (height, width) or (channels, height, width)."
         )
-    c, h, w = (1, *shape) if len(shape) == 2 else shape
+    c, h, w = (1, *sizes) if len(sizes) == 2 else sizes
     return int(c), int(h), int(w)
 
 
@@ -551,7 +566,7 @@ def _check_number(
     if isinstance(value, bool) or not isinstance(value, kind):
         noun = "an integer" if kind is Integral else "a number"
         raise TypeError(f"{name} must be {noun}, got {value!r}.")
-    number = float(value)  # type: ignore[arg-type]
+    number = float(value)
     if not (low < number if strict else low <= number) or not number <= min(high, 1e300):
         bound = f"> {low}" if strict else f">= {low}"
         limit = "finite" if high == math.inf else f"<= {high}"

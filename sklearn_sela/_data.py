@@ -11,10 +11,13 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 REFERENCE_ROWS = 20_000  # rows that stand for all in neighbours and k-means
-_SAMPLE = 1 << 24  # values of X looked at for scaling and principal components: 64 MB
-_CHUNK = 1 << 22  # values of X embedded at a time
+_SAMPLE = 1 << 22  # values of X looked at for scaling and principal components: 32 MB
+_FEWEST_ROWS = 16  # of it, however large they are
+_SCALED = 1 << 18  # values of a batch scaled at a time: float64 costs little memory
+_CHUNK = 1 << 21  # values of X embedded at a time
 _MIRROR = 1.3  # digits 1.7, Fashion-MNIST 1.1
 _PCA_DIM = 50  # in which neighbours are searched: less noise, less time
+_TOO_LARGE = "X holds values too large: their spread is not a finite number."
 
 
 class Scaler:
@@ -26,13 +29,16 @@ class Scaler:
     """
 
     def __init__(self, rows: np.ndarray, image_shape: tuple[int, int, int] | None):
-        x = rows.reshape(len(rows), *(image_shape or rows.shape[1:])).astype(np.float32)
+        x = rows.reshape(len(rows), *(image_shape or rows.shape[1:])).astype(np.float64)
         axes = 0 if image_shape is None else (0, 2, 3)
-        self.scale = x.std(axes, keepdims=True, dtype=np.float64)[0].astype(np.float32)
-        tiny = 1e-6 * np.abs(x).max(axes, keepdims=True)[0] + np.finfo(np.float32).tiny
-        self.scale[self.scale <= tiny] = 1.0  # constant: nothing to learn, nothing to blow up
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.scale = x.std(axes, keepdims=True)[0]
+            noise = 1e-12 * np.abs(x).max(axes, keepdims=True)[0]  # rounding of the mean
+        self.scale[self.scale <= noise] = 1.0  # constant: nothing to learn, nothing to blow up
+        if not np.isfinite(self.scale).all():
+            raise ValueError(_TOO_LARGE)
         if image_shape is None:
-            self.shift = x.mean(axes, keepdims=True, dtype=np.float64)[0].astype(np.float32)
+            self.shift = x.mean(axes, keepdims=True)[0]
         else:
             rim = [x[:, :, [0, -1], :], x[..., [0, -1]].swapaxes(2, 3)]
             values = np.concatenate([r.reshape(*x.shape[:2], -1) for r in rim], 2)
@@ -40,12 +46,24 @@ class Scaler:
         self.image_shape = image_shape
 
     def __call__(self, rows: np.ndarray, device: torch.device) -> Tensor:
-        """Rows of any dtype and layout, as (n, d) or (n, C, H, W) float32 on the device."""
-        batch = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32)).to(device)
-        batch = batch.reshape(len(rows), *(self.image_shape or rows.shape[1:]))
-        x = (batch - torch.from_numpy(self.shift).to(device)) / torch.from_numpy(self.scale).to(
-            device
-        )
+        """Rows of any dtype and layout, as (n, d) or (n, C, H, W) float32 on the device.
+
+        Raises
+        ------
+        ValueError
+            For values so large that they are not finite once scaled.
+        """
+        shape = (len(rows), *(self.image_shape or rows.shape[1:]))
+        # In float64: a large offset (a time stamp) must not swallow what varies beside it.
+        out = np.empty(shape, dtype=np.float32)
+        step = max(1, _SCALED * len(rows) // max(out.size, 1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step].reshape(-1, *shape[1:])
+                out[start : start + step] = (part - self.shift) / self.scale
+        x = torch.from_numpy(out).to(device)
+        if not x.isfinite().all():
+            raise ValueError(_TOO_LARGE)
         return x if self.image_shape is None else x.contiguous(memory_format=torch.channels_last)
 
 
@@ -66,7 +84,7 @@ class Rows:
 
 def draw_rows(n: int, n_values: int, limit: int, rng: np.random.Generator) -> np.ndarray:
     """Sorted indices of at most ``limit`` rows, fewer if they hold more than _SAMPLE values."""
-    size = min(n, limit, max(256, _SAMPLE // n_values))
+    size = min(n, limit, max(_FEWEST_ROWS, _SAMPLE // n_values))
     return np.arange(n) if size == n else np.sort(rng.choice(n, size, replace=False))
 
 

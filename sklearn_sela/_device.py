@@ -12,31 +12,19 @@ _SEEDED = threading.RLock()  # torch's global generator is one per process
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The torch device of a name; ``"auto"`` takes CUDA, then Apple's MPS, then the CPU."""
+    """The torch device of a name; ``"auto"`` takes CUDA where there is one, else the CPU."""
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError:
-        raise ValueError(
-            f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda', 'cuda:0', ... or 'mps'."
-        ) from None
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={device!r} was asked for, but torch finds no CUDA device here; "
-            "use device='auto' or device='cpu'."
-        )
+    except (RuntimeError, TypeError):
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device={device!r} was asked for, but there are only "
-            f"{torch.cuda.device_count()} CUDA devices."
-        )
-    if resolved.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(
-            f"device={device!r} was asked for, but torch finds no MPS device here; "
-            "use device='auto' or device='cpu'."
+            f"device={device!r} was asked for, but torch finds "
+            f"{torch.cuda.device_count() or 'no'} CUDA device(s) here; use device='auto' or 'cpu'."
         )
     return resolved
 
@@ -46,9 +34,12 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
     """A generator for our draws, and torch's global one seeded within, restored after.
 
     The global generator is what users' modules draw from (initial weights, dropout); being
-    one per process, it is held by one fit at a time.
+    one per process, it is held by one fit at a time. Other devices' are not touched.
     """
     cuda = [device] if device.type == "cuda" else []
-    with _SEEDED, torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+    with _SEEDED, torch.random.fork_rng(devices=cuda), torch.enable_grad():
+        torch.default_generator.manual_seed(seed)
+        for card in cuda:
+            with torch.cuda.device(card):
+                torch.cuda.manual_seed(seed)
         yield torch.Generator(device=device).manual_seed(seed)

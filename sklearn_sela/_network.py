@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Rows of one inference batch. The last batch is padded to it: kernels choose their order of
-# summation by shape, so only equal shapes give a row the same bits in any company.
-INFERENCE_ROWS = 256
+_BATCH_ROWS = 256  # of one inference batch
+_BATCH_VALUES = 1 << 21  # input values in memory at a time, without gradients
+
+
+def rows_at_once(n_values: int, most: int) -> int:
+    """Rows of a batch that holds at most _BATCH_VALUES values, n_values a row."""
+    return min(max(_BATCH_VALUES // n_values, 1), most)
 
 
 class SelfLabelNetwork(nn.Module):
@@ -42,18 +46,25 @@ def inference(
     function: Callable[[Tensor], Tensor],
     batch: Callable[[slice], Tensor],
     n: int,
+    n_values: int,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, function(batch(rows))) over n rows, network in eval mode meanwhile."""
+    """Yield (rows, function(batch(rows))) over n rows, network in eval mode meanwhile.
+
+    The size of a batch depends on the values per row alone, and the last batch is padded to
+    it: kernels choose their order of summation by shape, so only equal shapes give a row the
+    same bits in any company.
+    """
+    size = rows_at_once(n_values, _BATCH_ROWS)
     training = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            for start in range(0, n, INFERENCE_ROWS):
-                rows = slice(start, min(start + INFERENCE_ROWS, n))
+            for start in range(0, n, size):
+                rows = slice(start, min(start + size, n))
                 x = batch(rows)
-                short = INFERENCE_ROWS - len(x)
+                short = size - len(x)
                 if short:
                     x = torch.cat([x, x[:1].expand(short, *x.shape[1:])])
-                yield rows, function(x)[: INFERENCE_ROWS - short]
+                yield rows, function(x)[: size - short]
     finally:
         network.train(training)

@@ -67,48 +67,47 @@ def fit_network(
 ) -> Fitted:
     """Run both rounds; ``record`` gets a dict an epoch, with the round under ``stage``."""
     rows, schedule = geometry.rows, recipe.schedule
-    complete, centroids = True, None
 
-    def one_round(
-        stage: str, network: SelfLabelNetwork, labels: np.ndarray, weights: np.ndarray, pull: float
+    def network_of(n_clusters: int) -> SelfLabelNetwork:
+        network = SelfLabelNetwork(backbone, n_features, recipe.n_heads, n_clusters)
+        return network.to(rows.device)
+
+    def train(
+        stage: str, labels: np.ndarray, weights: np.ndarray, pull: float, schedule: Schedule
     ) -> tuple[SelfLabels, bool]:
-        first = torch.as_tensor(labels, device=rows.device)
-        shares = torch.as_tensor(weights, device=rows.device)
+        first, shares = (torch.as_tensor(a, device=rows.device) for a in (labels, weights))
         state = SelfLabels(first, shares, recipe.reg, pull, recipe.soft_targets)
         done = self_label(
             network, views, state, schedule, generator, lambda row: record({"stage": stage, **row})
         )
         return state, done
 
+    complete = True
     many = min(recipe.over_clusters, len(rows) // _OVER_CLUSTER_ROWS)
-    if many > recipe.n_clusters:
-        first, last = (schedule.epochs + 1) // 2, max(1, schedule.epochs // 2)
-        network = SelfLabelNetwork(backbone, n_features, recipe.n_heads, many).to(rows.device)
+    over_cluster = many > recipe.n_clusters
+    if over_cluster:
+        network = network_of(many)
         labels = starting_labels(geometry, many, recipe.n_heads, recipe.init, seed)
-        schedule = replace(schedule, epochs=first)
-        _, complete = one_round(
-            "features", network, labels, np.full((len(labels), many), 1 / many), np.inf
-        )
+        equal = np.full((recipe.n_heads, many), 1 / many)
+        half = replace(schedule, epochs=(schedule.epochs + 1) // 2)
+        _, complete = train("features", labels, equal, np.inf, half)
         labels = cluster_features(network, geometry, recipe.n_clusters, seed)
-        # After Ctrl-C the second round is skipped: its heads stay where they start.
-        schedule = replace(schedule, epochs=last if complete else 0)
-        centroids = True
+        # After Ctrl-C there is no second round: its heads stay where they start.
+        schedule = replace(schedule, epochs=schedule.epochs // 2 if complete else 0)
     else:
         labels = starting_labels(geometry, recipe.n_clusters, recipe.n_heads, recipe.init, seed)
     labels, weights, pull = target_sizes(labels, recipe.n_clusters, recipe.cluster_sizes)
-    network = SelfLabelNetwork(backbone, n_features, recipe.n_heads, recipe.n_clusters).to(
-        rows.device
-    )
-    if centroids:
+    network = network_of(recipe.n_clusters)
+    if over_cluster:
         network.start_heads(*head_directions(network, geometry, labels))
-    state, done = one_round("clusters", network, labels, weights, pull)
-    information = view_information(network, views, len(rows))
+    state, done = train("clusters", labels, weights, pull, schedule)
+    best_head = 0
+    try:
+        best_head = int(view_information(network, views, len(rows), recipe.schedule).argmax())
+    except KeyboardInterrupt:  # the training stands; only the choice of the head is lost
+        done = False
     return Fitted(
-        network,
-        int(information.argmax()),
-        state.labels.cpu().numpy(),
-        state.marginal_error,
-        complete and done,
+        network, best_head, state.labels.cpu().numpy(), state.marginal_error, complete and done
     )
 
 
@@ -160,7 +159,7 @@ def cluster_features(
     chosen = [embeddings[t % len(embeddings)] for t in range(network.shape[0])]
     models = [_k_means(e(sample), k, seed + t, n_init=10) for t, e in enumerate(chosen)]
     labels = np.empty((len(models), n), dtype=np.int64)
-    for part, out in inference(network, forward, lambda r: geometry.rows[r], n):
+    for part, out in inference(network, forward, geometry.rows.__getitem__, n, geometry.n_values):
         z = out.cpu().numpy()
         for row, model, embed in zip(labels, models, chosen, strict=True):
             row[part] = model.predict(embed(z))
@@ -212,14 +211,16 @@ def sizes_are_equal(counts: np.ndarray) -> bool:
         return True
     shares = counts[counts > 0] / n
     statistic = 2 * n * float((shares * np.log(shares * k)).sum())
+    statistic = max(statistic, k - 1)  # its mean for equal sizes: closer is luck, not evidence
     return bool(ncx2.cdf(statistic, k - 1, n * _EQUAL**2) < _SURE)
 
 
 def view_information(
-    network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int
+    network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int, schedule: Schedule
 ) -> Tensor:
     """(n_heads,) mutual information, in nats, between the labels of two views of a row."""
-    one, two = (mean_log_probability(network, views, n, 1).exp().double() for _ in range(2))
+    once = replace(schedule, n_views=1)
+    one, two = (mean_log_probability(network, views, n, once).exp().double() for _ in range(2))
     joint = one.transpose(1, 2) @ two / n
     independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
     return torch.special.xlogy(joint, joint / independent.clamp_min(1e-300)).sum((1, 2))
@@ -231,9 +232,10 @@ def _run(
     geometry: Geometry,
     indices: np.ndarray,
 ) -> np.ndarray:
-    batches = inference(
-        network, function, lambda r: geometry.rows[torch.from_numpy(indices[r])], len(indices)
-    )
+    def batch(part: slice) -> Tensor:
+        return geometry.rows[torch.from_numpy(indices[part])]
+
+    batches = inference(network, function, batch, len(indices), geometry.n_values)
     return np.concatenate([out.cpu().numpy() for _, out in batches])
 
 

@@ -17,21 +17,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sklearn_sela._network import SelfLabelNetwork
-from sklearn_sela._sinkhorn import sinkhorn_labels
+from sklearn_sela._sinkhorn import SinkhornResult, sinkhorn_labels
 
 LABEL_TOL = 1e-3  # L1 error of the cluster shares at which a label solve stops
 _LABEL_ITER = 200  # most iterations of one solve; the next solve goes on from its potential
-_LABEL_ROWS = 1024  # rows of one batch of a label pass
+_LEAST = 0.5  # of its share that a cluster keeps however weak the pull
 
 Record = Callable[[dict], None]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; the estimator's parameters of the same names."""
+    """How long and how fast to train; the estimator's parameters of the same names.
+
+    ``label_rows`` is the batch size of label passes, which need no memory for gradients.
+    """
 
     epochs: int
     batch_size: int
+    label_rows: int
     learning_rate: float
     weight_decay: float
     lr_schedule: str
@@ -94,25 +98,33 @@ class SelfLabels:
 
     def solve(self, scores: Tensor) -> None:
         """Label all rows afresh from scores (n_heads, n_samples, n_clusters)."""
-        results = [
-            sinkhorn_labels(
-                s,
-                reg=self.reg,
-                cluster_weights=w,
-                reg_m=self.reg_m,
-                tol=LABEL_TOL,
-                max_iter=_LABEL_ITER,
-                potential=p,
-                warn=False,
-            )
-            for s, w, p in zip(scores, self.weights, self.potential, strict=True)
-        ]
+        heads = zip(scores, self.weights, self.potential, strict=True)
+        results = [self._solve_head(*head, self.reg_m) for head in heads]
         labels = torch.stack([r.labels for r in results])
         self.changed = float((labels != self.labels).double().mean())
         self.labels, self.scores = labels, scores
         self.potential = [r.potential for r in results]
         self.n_iter = sum(r.n_iter for r in results)
         self.marginal_error = max(r.marginal_error for r in results)
+
+    def _solve_head(
+        self, scores: Tensor, weights: Tensor, potential: Tensor | None, reg_m: float
+    ) -> SinkhornResult:
+        result = sinkhorn_labels(
+            scores,
+            reg=self.reg,
+            cluster_weights=weights,
+            reg_m=reg_m,
+            tol=LABEL_TOL,
+            max_iter=_LABEL_ITER,
+            potential=potential,
+            warn=False,
+        )
+        shares = result.labels.bincount(minlength=len(weights)) / len(scores)
+        if reg_m < math.inf and (shares < _LEAST * weights).any():
+            # A pull can lose to a confident network; exact sizes cannot, and end a collapse.
+            return self._solve_head(scores, weights, potential, math.inf)
+        return result
 
     def targets(self, rows: Tensor) -> Tensor:
         """q(y | x_i) of the rows, (n_rows, n_heads, n_clusters)."""
@@ -136,7 +148,8 @@ def self_label(
     an interruption the network is as it was after the last complete epoch.
     """
     n = labels.labels.shape[1]
-    n_batches = max(1, round(n / min(schedule.batch_size, n)))
+    # Never a batch of one row, from which batch norm could not learn.
+    n_batches = max(1, min(round(n / schedule.batch_size), n // 2))
     sgd, rate = schedule.optimiser(network, schedule.epochs * n_batches)
     solve_epochs = schedule.solve_epochs()
     kept = copy.deepcopy(network.state_dict())
@@ -145,7 +158,7 @@ def self_label(
         try:
             solved = epoch in solve_epochs
             if solved:  # min over Q, eq. (6)
-                labels.solve(mean_log_probability(network, views, n, schedule.n_views))
+                labels.solve(mean_log_probability(network, views, n, schedule))
             loss, order = 0.0, torch.randperm(n, generator=generator, device=generator.device)
             network.train()
             for rows in order.tensor_split(n_batches):  # min over the network, eq. (4)
@@ -157,11 +170,7 @@ def self_label(
                 rate.step()
                 loss += float(batch_loss.detach()) * len(rows) / n
                 if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"The loss became {loss} in epoch {epoch} of this stage. Lower "
-                        f"learning_rate={schedule.learning_rate:g}, or look for extreme "
-                        "values in X."
-                    )
+                    raise FloatingPointError(_diverged(f"the loss became {loss}", schedule))
         except KeyboardInterrupt:
             network.load_state_dict(kept)
             return False
@@ -185,17 +194,26 @@ def self_label(
 
 @torch.no_grad()
 def mean_log_probability(
-    network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int, n_views: int
+    network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int, schedule: Schedule
 ) -> Tensor:
-    """log p(y | x_i) averaged over random views, (n_heads, n, n_clusters)."""
+    """log p(y | x_i) averaged over n_views random views, (n_heads, n, n_clusters)."""
     network.eval()
     total: Tensor | None = None
     device = next(network.parameters()).device
-    for _ in range(n_views):
-        for rows in torch.arange(n, device=device).split(_LABEL_ROWS):
+    for _ in range(schedule.n_views):
+        for rows in torch.arange(n, device=device).split(schedule.label_rows):
             log_p = network(views(rows)).log_softmax(2).transpose(0, 1)
             if total is None:
                 total = torch.zeros(log_p.shape[0], n, log_p.shape[2], device=device)
-            total[:, rows] += log_p / n_views
+            total[:, rows] += log_p / schedule.n_views
     assert total is not None
+    if not total.isfinite().all():
+        raise FloatingPointError(_diverged("predictions are not finite", schedule))
     return total
+
+
+def _diverged(what: str, schedule: Schedule) -> str:
+    return (
+        f"Training diverged: {what}. Lower learning_rate={schedule.learning_rate:g}, or look "
+        "for extreme values in X."
+    )

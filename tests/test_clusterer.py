@@ -31,6 +31,7 @@ from sklearn_sela.metrics import clustering_accuracy, information_score
 IMAGES = load_digits().images[:200]
 FLAT = IMAGES.reshape(200, -1)
 BLOBS, GROUPS = make_blobs(200, centers=4, n_features=6, random_state=0)
+BLOBS = BLOBS.astype(np.float32).astype(np.float64)  # exact in both
 
 
 def clusterer(n_clusters=4, **parameters):

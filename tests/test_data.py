@@ -130,7 +130,7 @@ def test_draw_rows_are_distinct_sorted_and_limited():
 
 
 def test_draw_rows_takes_fewer_rows_if_they_are_long():
-    assert len(draw_rows(10**6, 1 << 14, 10**6, rng())) == 1024
+    assert len(draw_rows(10**6, 1 << 14, 10**6, rng())) == 256
 
 
 def test_neighbors_are_those_of_brute_force():

@@ -23,6 +23,7 @@ SCHEDULE = Schedule(
     lr_schedule="one_cycle",
     n_views=2,
     n_solves=None,
+    label_rows=1024,
 )
 N = 120
 
@@ -175,7 +176,7 @@ def test_mean_log_probability_is_the_mean_over_views():
         seen.append(toy.x[rows] + next(shifts))
         return seen[-1]
 
-    found = mean_log_probability(toy.network, views, N, 2)
+    found = mean_log_probability(toy.network, views, N, replace(SCHEDULE, n_views=2))
     expected = torch.stack([toy.network(x).log_softmax(2) for x in seen]).mean(0).transpose(0, 1)
     torch.testing.assert_close(found, expected.detach())
 
@@ -184,7 +185,8 @@ def test_mean_log_probability_is_computed_in_eval_mode():
     toy = Toy()
     toy.network.backbone = nn.Sequential(toy.network.backbone, nn.Dropout(0.5))
     toy.network.train()
-    one, two = (mean_log_probability(toy.network, lambda r: toy.x[r], N, 1) for _ in range(2))
+    once = replace(SCHEDULE, n_views=1)
+    one, two = (mean_log_probability(toy.network, lambda r: toy.x[r], N, once) for _ in range(2))
     assert torch.equal(one, two)
 
 
