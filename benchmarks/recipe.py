@@ -47,7 +47,7 @@ def measure(method: str, dataset: str, seed: int, settings: dict) -> dict:
     """Fit once (twice on digits, for the warm time) and score."""
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-    from data import fashion_mnist, load
+    from datasets import fashion_mnist, load
     from sklearn_sela.metrics import clustering_accuracy
 
     warnings.simplefilter("ignore")
