@@ -274,6 +274,7 @@ def test_backbone_that_returns_no_module_is_refused():
         clusterer(backbone=lambda: 3).fit(BLOBS)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # 3 rows: collapse
 def test_batches_too_short_for_batch_norm_are_avoided():
     # 3 rows in batches of 2 leave one row over, on which batch norm cannot train.
     clusterer(2, batch_size=2).fit(BLOBS[:3])
