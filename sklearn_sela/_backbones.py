@@ -25,7 +25,7 @@ def convnet(image_shape: tuple[int, int, int]) -> nn.Module:
         layers += [
             nn.Conv2d(channels, out, 3, padding=1, bias=False),
             nn.BatchNorm2d(out),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         ]
         if min(height, width) > 4:
             layers.append(nn.MaxPool2d(2))
@@ -36,7 +36,11 @@ def convnet(image_shape: tuple[int, int, int]) -> nn.Module:
 
 
 def _dense(n_inputs: int, n_outputs: int) -> list[nn.Module]:
-    return [nn.Linear(n_inputs, n_outputs, bias=False), nn.BatchNorm1d(n_outputs), nn.ReLU()]
+    return [
+        nn.Linear(n_inputs, n_outputs, bias=False),
+        nn.BatchNorm1d(n_outputs),
+        nn.ReLU(inplace=True),
+    ]
 
 
 BACKBONES = {"mlp": mlp, "convnet": convnet}

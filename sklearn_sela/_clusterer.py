@@ -67,16 +67,16 @@ class SelfLabelClusterer(
         for colour images, drawn for each sample.
     n_neighbors : "auto" or int, default="auto"
         Nearest neighbours (in 50 principal components) that may stand in for a sample: a
-        second kind of view. "auto" is 10 for images, 20 for vectors; 0 turns it off.
-    neighbor_probability : "auto" or float, default="auto"
-        Chance that a view shows a neighbour. "auto" is 0.5 for images, 0.7 for vectors,
-        which have no augmentation to speak of.
+        second kind of view. "auto" is 10 for images, 20 for vectors, which have no
+        augmentation to speak of; 0 turns it off.
+    neighbor_probability : float, default=0.7
+        Chance that a view shows a neighbour.
     init : {"kmeans", "random"}, default="kmeans"
         Labels that training starts from: k-means in principal components, or the paper's
         random balanced ones.
     soft_targets : bool, default=True
         Train on the soft assignment of the transport; False is the paper's hard labels.
-    n_views : int, default=4
+    n_views : int, default=3
         Random views whose log-probabilities are averaged before each label solve; the
         paper's is 1.
     n_solves : int, default=None
@@ -164,10 +164,10 @@ class SelfLabelClusterer(
         image_shape: tuple[int, ...] | None = None,
         augment: Any = "auto",
         n_neighbors: int | str = "auto",
-        neighbor_probability: float | str = "auto",
+        neighbor_probability: float = 0.7,
         init: str = "kmeans",
         soft_targets: bool = True,
-        n_views: int = 4,
+        n_views: int = 3,
         n_solves: int | None = None,
         cluster_sizes: Any = "learned",
         reg: float = 0.2,
@@ -342,11 +342,10 @@ class SelfLabelClusterer(
             _check_number("over_clusters", self.over_clusters, Integral, 0)
         if self.n_neighbors != "auto":
             _check_number("n_neighbors", self.n_neighbors, Integral, 0)
-        if self.neighbor_probability != "auto":
-            _check_number("neighbor_probability", self.neighbor_probability, Real, 0, high=1)
         for name in ("reg", "learning_rate"):
             _check_number(name, getattr(self, name), Real, 0, strict=True)
         _check_number("weight_decay", self.weight_decay, Real, 0)
+        _check_number("neighbor_probability", self.neighbor_probability, Real, 0, high=1)
         _check_choice("init", self.init, ["kmeans", "random"])
         _check_choice("lr_schedule", self.lr_schedule, ["one_cycle", "step"])
         if not isinstance(self.soft_targets, bool):
@@ -452,15 +451,13 @@ class SelfLabelClusterer(
         augment: Callable[[Tensor], Tensor] | None,
         generator: torch.Generator,
     ) -> Views:
-        # Vectors have no augmentation to speak of: neighbours must do most of the work.
-        vectors = self.image_shape_ is None
-        k, probability = self.n_neighbors, self.neighbor_probability
-        k = (20 if vectors else 10) if k == "auto" else int(k)
-        probability = (0.7 if vectors else 0.5) if probability == "auto" else float(probability)
+        # Vectors have no augmentation to speak of: more neighbours make up for it.
+        k = self.n_neighbors
+        k = (20 if self.image_shape_ is None else 10) if k == "auto" else int(k)
         neighbors = None
-        if k and probability:
+        if k:
             neighbors = torch.from_numpy(geometry.neighbors(k)).to(rows.device)
-        return Views(rows.__getitem__, augment, neighbors, probability, generator)
+        return Views(rows.__getitem__, augment, neighbors, self.neighbor_probability, generator)
 
     def _recipe(self, n: int) -> Recipe:
         auto = max(50, 5 * self.n_clusters)
