@@ -401,3 +401,13 @@ def test_given_shares_name_the_clusters_by_size():
 def test_given_shares_that_tie_still_rename_one_to_one():
     labels, _, _ = target_sizes(labels_of_sizes(30, 30, 40), 3, np.array([1.0, 1.0, 1.0]))
     assert sorted(np.bincount(labels[0])) == [30, 30, 40]
+
+
+def test_a_weak_pull_cannot_let_a_cluster_die():
+    # A network sure of one cluster for all rows outbids the KL term; the labels must not follow.
+    toy = Toy(share=0.4)
+    labels = toy.labels(reg_m=1.0)
+    sure = torch.stack([torch.zeros(N), torch.full((N,), -20.0)], 1) + 0.01 * toy.x
+    labels.solve(sure.expand(2, N, 2))
+    for row in labels.labels:
+        assert (row.bincount(minlength=2) >= 0.5 * N * toy.weights[0]).all()
