@@ -76,7 +76,7 @@ class SelfLabelClusterer(
         random balanced ones.
     soft_targets : bool, default=True
         Train on the soft assignment of the transport; False is the paper's hard labels.
-    n_views : int, default=3
+    n_views : int, default=4
         Random views whose log-probabilities are averaged before each label solve; the
         paper's is 1.
     n_solves : int, default=None
@@ -167,7 +167,7 @@ class SelfLabelClusterer(
         neighbor_probability: float = 0.7,
         init: str = "kmeans",
         soft_targets: bool = True,
-        n_views: int = 3,
+        n_views: int = 4,
         n_solves: int | None = None,
         cluster_sizes: Any = "learned",
         reg: float = 0.2,
