@@ -23,8 +23,6 @@ LABEL_TOL = 1e-3  # L1 error of the cluster shares at which a label solve stops
 _LABEL_ITER = 200  # most iterations of one solve; the next solve goes on from its potential
 _LEAST = 0.5  # of its share that a cluster keeps however weak the pull
 
-Record = Callable[[dict], None]
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -140,7 +138,7 @@ def self_label(
     labels: SelfLabels,
     schedule: Schedule,
     generator: torch.Generator,
-    record: Record,
+    record: Callable[[dict], None],
 ) -> bool:
     """Alternate label solves and epochs of learning; False when interrupted by Ctrl-C.
 
