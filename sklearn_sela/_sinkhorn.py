@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 20  # entries of the score matrix in work at a time: bounds temporary memory
-_PATIENCE = 20  # Sinkhorn iterations that must win a digit, or Newton takes over
+_PATIENCE = 4  # Sinkhorn iterations between two looks at how fast they are
+_NEWTON_STEPS = 4  # that finish a solve, about
 _NEWTON_MAX = 1024  # clusters; beyond, its K x K systems cost more than they save
 _SCALING = 4.0  # factor between two levels of entropic regularisation
 _GOLDEN = 0.6180339887498949  # its multiples modulo 1 fill [0, 1) evenly
@@ -210,12 +211,15 @@ def _sinkhorn(
         last = -(c * v)[used].sum() if exact else reg_m * pull.logsumexp(0)
         return _Point(v, value + float(last), float((m - target).abs().sum()), m, target, gram)
 
-    here, check, mu, newton = at(v, False), math.inf, 1e-3, False
+    here, mu, newton = at(v, False), 1e-3, False
+    newton_cost = _NEWTON_STEPS * (2 + len(v) / 32)  # in reads: Q'RQ takes the longer the wider
+    check = here.error
     for iteration in range(1, max_iter + 1):
         if here.error <= tol or iteration == max_iter:
             break
-        if not newton and iteration % _PATIENCE == 0:
-            newton = here.error > 0.1 * check and len(v) <= _NEWTON_MAX
+        if not newton and iteration % _PATIENCE == 0 and len(v) <= _NEWTON_MAX:
+            rate = math.log(check / here.error) / _PATIENCE
+            newton = math.log(here.error / tol) > rate * newton_cost
             check = here.error
             if newton:
                 here = at(here.v, True)
