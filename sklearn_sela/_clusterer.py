@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from sklearn_sela._augment import ImageAugment, Jitter, Views
 from sklearn_sela._backbones import BACKBONES, convnet, mlp
-from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows
-from sklearn_sela._device import resolve_device, seeded
+from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
+from sklearn_sela._device import one_thread, resolve_device, seeded
 from sklearn_sela._network import inference, rows_at_once
 from sklearn_sela._recipe import Recipe, fit_network
 from sklearn_sela._training import LABEL_TOL, Schedule
 from sklearn_sela.metrics import information_score
+
+_SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
 
 
 class SelfLabelClusterer(
@@ -59,7 +61,10 @@ class SelfLabelClusterer(
         copied, never changed; a callable is called without arguments and returns one.
         "auto" takes the convnet for images, the MLP for vectors.
     image_shape : tuple of int, default=None
-        (height, width) or (channels, height, width) of images given as flat rows.
+        (height, width) or (channels, height, width) of images given as flat rows. None takes
+        flat rows for vectors, unless ``backbone`` and ``augment`` are "auto" and the features
+        are correlated like the pixels of square grey images, of 8 x 8 or more;
+        ``image_shape_`` tells.
     augment : "auto", None or callable, default="auto"
         Random change of a batch (a scaled float32 tensor, on the device) that should not
         change clusters. "auto" is jitter for vectors; for images rotation, scale, shear and
@@ -76,9 +81,12 @@ class SelfLabelClusterer(
         random balanced ones.
     soft_targets : bool, default=True
         Train on the soft assignment of the transport; False is the paper's hard labels.
-    n_views : int, default=4
-        Random views whose log-probabilities are averaged before each label solve; the
-        paper's is 1.
+    n_views : int, default=0
+        Random views of each sample that a label solve looks at, in passes of their own (the
+        paper's is 1). 0 takes what training predicted in the last epoch, at no cost.
+    label_momentum : float, default=0.5
+        Share of the last label solve's log-probabilities that the next one keeps, 0 to 1: a
+        running mean over views (temporal ensembling, [2]_). The paper's is 0.
     n_solves : int, default=None
         Label solves of each round, dense early on as in the paper. None solves before every
         epoch but the first.
@@ -90,7 +98,7 @@ class SelfLabelClusterer(
     reg : float, default=0.2
         Entropic regularisation of the label solve, in nats: 1 / lambda of the paper, whose
         values are lambda = 25 (ImageNet) and 10 (CIFAR).
-    max_epochs : int, default=50
+    max_epochs : int, default=60
         Passes over the data, half of them in each round.
     batch_size : int, default=256
         Samples of one gradient step; less for small data, never under an eighth of them.
@@ -136,13 +144,15 @@ class SelfLabelClusterer(
     Notes
     -----
     Vectors are standardised, images scaled per channel, a batch at a time: X is never
-    copied whole, and may be a read-only memmap. Fits in one process run one after another,
-    for torch's global generator, which users' modules draw from, is one per process.
+    copied whole, and may be a read-only memmap. Small batches train on one CPU thread, which
+    more would only slow down. Fits in one process run one after another, for torch's global
+    generator, which users' modules draw from, is one per process.
 
     References
     ----------
     .. [1] Asano, Rupprecht, Vedaldi. Self-labelling via simultaneous clustering and
        representation learning. ICLR 2020.
+    .. [2] Laine, Aila. Temporal ensembling for semi-supervised learning. ICLR 2017.
 
     Examples
     --------
@@ -167,11 +177,12 @@ class SelfLabelClusterer(
         neighbor_probability: float = 0.7,
         init: str = "kmeans",
         soft_targets: bool = True,
-        n_views: int = 4,
+        n_views: int = 0,
+        label_momentum: float = 0.5,
         n_solves: int | None = None,
         cluster_sizes: Any = "learned",
         reg: float = 0.2,
-        max_epochs: int = 50,
+        max_epochs: int = 60,
         batch_size: int = 256,
         learning_rate: float = 0.1,
         lr_schedule: str = "one_cycle",
@@ -191,6 +202,7 @@ class SelfLabelClusterer(
         self.init = init
         self.soft_targets = soft_targets
         self.n_views = n_views
+        self.label_momentum = label_momentum
         self.n_solves = n_solves
         self.cluster_sizes = cluster_sizes
         self.reg = reg
@@ -259,7 +271,10 @@ class SelfLabelClusterer(
             if self.verbose:
                 print(_progress(history[-1], self.max_epochs), flush=True)
 
-        with seeded(seed, device) as generator:
+        recipe = self._recipe(n)
+        ours = isinstance(self.backbone, str)
+        small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
+        with seeded(seed, device) as generator, one_thread(small):
             backbone = self._make_backbone(n_values).to(device)
             with torch.no_grad():
                 backbone.eval()
@@ -267,7 +282,7 @@ class SelfLabelClusterer(
             augment = self._make_augment(geometry, generator, rng)
             views = self._make_views(rows, geometry, augment, generator)
             fitted = fit_network(
-                backbone, n_features, geometry, views, self._recipe(n), generator, seed, record
+                backbone, n_features, geometry, views, recipe, generator, seed, record
             )
         if not history:
             raise KeyboardInterrupt
@@ -333,7 +348,7 @@ class SelfLabelClusterer(
 
     def _check_parameters(self) -> None:
         """Raise ValueError or TypeError for the first parameter out of range."""
-        whole = {"n_clusters": 1, "n_heads": 1, "n_views": 1, "max_epochs": 1, "batch_size": 1}
+        whole = {"n_clusters": 1, "n_heads": 1, "n_views": 0, "max_epochs": 1, "batch_size": 1}
         for name, low in {**whole, "verbose": 0}.items():
             _check_number(name, getattr(self, name), Integral, low)
         if self.n_solves is not None:
@@ -346,6 +361,7 @@ class SelfLabelClusterer(
             _check_number(name, getattr(self, name), Real, 0, strict=True)
         _check_number("weight_decay", self.weight_decay, Real, 0)
         _check_number("neighbor_probability", self.neighbor_probability, Real, 0, high=1)
+        _check_number("label_momentum", self.label_momentum, Real, 0, high=1)
         _check_choice("init", self.init, ["kmeans", "random"])
         _check_choice("lr_schedule", self.lr_schedule, ["one_cycle", "step"])
         if not isinstance(self.soft_targets, bool):
@@ -405,6 +421,8 @@ class SelfLabelClusterer(
             if X.ndim > 2:  # images have none; an earlier fit may have had
                 self.__dict__.pop("feature_names_in_", None)
             self.image_shape_ = _image_shape(X, self.image_shape)
+            if X.ndim == 2 and self.image_shape is None and self._reads_data():
+                self.image_shape_ = square_images(X)
         elif X.ndim > 2 and (
             self.image_shape_ is None or _as_image(X.shape[1:]) != self.image_shape_
         ):
@@ -416,6 +434,10 @@ class SelfLabelClusterer(
                 f"fitted on {fitted} ({self.n_features_in_} features)."
             )
         return X
+
+    def _reads_data(self) -> bool:
+        """Whether nothing was said of the kind of data: strings, as modules may compare oddly."""
+        return all(isinstance(p, str) and p == "auto" for p in (self.backbone, self.augment))
 
     def _make_backbone(self, n_values: int) -> nn.Module:
         kind = self.backbone
@@ -469,6 +491,7 @@ class SelfLabelClusterer(
             cluster_sizes=self._cluster_sizes(),
             reg=self.reg,
             soft_targets=self.soft_targets,
+            label_momentum=self.label_momentum,
             schedule=Schedule(
                 epochs=self.max_epochs,
                 # Small data: shorter batches, or an epoch would be a step or two.

@@ -43,3 +43,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
             with torch.cuda.device(card):
                 torch.cuda.manual_seed(seed)
         yield torch.Generator(device=device).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """One CPU thread for torch within, if wanted: threads with too little to do only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sklearn_sela._data import Geometry
 from sklearn_sela._network import SelfLabelNetwork, inference
-from sklearn_sela._training import Schedule, SelfLabels, mean_log_probability, self_label
+from sklearn_sela._training import Schedule, SelfLabels, label_pass, self_label
 
 _HEAD_SCALE = 10.0  # logit gap, about, between a row's own centroid and an orthogonal one
 _SIZE_PULL = 1.0  # reg_m for learned cluster sizes: nats a row, see docs/recipe.rst
@@ -43,6 +43,7 @@ class Recipe:
     cluster_sizes: str | np.ndarray
     reg: float
     soft_targets: bool
+    label_momentum: float
     schedule: Schedule
 
 
@@ -76,7 +77,9 @@ def fit_network(
         stage: str, labels: np.ndarray, weights: np.ndarray, pull: float, schedule: Schedule
     ) -> tuple[SelfLabels, bool]:
         first, shares = (torch.as_tensor(a, device=rows.device) for a in (labels, weights))
-        state = SelfLabels(first, shares, recipe.reg, pull, recipe.soft_targets)
+        state = SelfLabels(
+            first, shares, recipe.reg, pull, recipe.soft_targets, recipe.label_momentum
+        )
         done = self_label(
             network, views, state, schedule, generator, lambda row: record({"stage": stage, **row})
         )
@@ -220,8 +223,12 @@ def view_information(
 ) -> Tensor:
     """(n_heads,) mutual information, in nats, between the labels of two views of a row."""
     once = replace(schedule, n_views=1)
-    one, two = (mean_log_probability(network, views, n, once).exp().double() for _ in range(2))
-    joint = one.transpose(1, 2) @ two / n
+    one, two = (label_pass(network, views, n, once) for _ in range(2))
+    batches = [
+        a.exp().double().permute(1, 2, 0) @ b.exp().double().transpose(0, 1)
+        for (_, a), (_, b) in zip(one, two, strict=True)
+    ]
+    joint = torch.stack(batches).sum(0) / n
     independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
     return torch.special.xlogy(joint, joint / independent.clamp_min(1e-300)).sum((1, 2))
 

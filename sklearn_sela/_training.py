@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ _LEAST = 0.5  # of its share that a cluster keeps however weak the pull
 class Schedule:
     """How long and how fast to train; the estimator's parameters of the same names.
 
-    ``label_rows`` is the batch size of label passes, which need no memory for gradients.
+    ``label_rows`` is the batch size of passes that learn nothing, and need no memory for it.
     """
 
     epochs: int
@@ -73,7 +73,8 @@ class SelfLabels:
     """The current labels of all rows, one set per head.
 
     Kept as the scores and the potential of the last solve, from which soft targets are
-    formed a batch at a time; before the first solve, as the labels to start from.
+    formed a batch at a time; before the first solve, as the labels to start from. The scores
+    are a running mean of log p(y | x_i) over random views [1]_.
 
     Parameters
     ----------
@@ -85,22 +86,48 @@ class SelfLabels:
         See :func:`sklearn_sela.sinkhorn_labels`.
     soft : bool
         Train on the soft assignment or on its labels.
+    momentum : float
+        Share of the last solve's scores that the next one keeps.
+
+    References
+    ----------
+    .. [1] Laine, Aila. Temporal ensembling for semi-supervised learning. ICLR 2017.
     """
 
-    def __init__(self, labels: Tensor, weights: Tensor, reg: float, reg_m: float, soft: bool):
+    def __init__(
+        self,
+        labels: Tensor,
+        weights: Tensor,
+        reg: float,
+        reg_m: float,
+        soft: bool,
+        momentum: float,
+    ):
         self.labels, self.weights = labels, weights
-        self.reg, self.reg_m, self.soft = reg, reg_m, soft
-        self.scores: Tensor | None = None
+        self.reg, self.reg_m, self.soft, self.momentum = reg, reg_m, soft, momentum
+        self.scores = torch.zeros(*labels.shape, weights.shape[1], device=labels.device)
+        self.n_solves = 0
         self.potential: list[Tensor | None] = [None] * len(labels)
         self.n_iter, self.marginal_error, self.changed = 0, 0.0, 0.0
 
-    def solve(self, scores: Tensor) -> None:
-        """Label all rows afresh from scores (n_heads, n_samples, n_clusters)."""
-        heads = zip(scores, self.weights, self.potential, strict=True)
+    def see(self, rows: Tensor, log_p: Tensor) -> None:
+        """Take log p(y | x_i) of the rows, (n_rows, n_heads, n_clusters), into the scores.
+
+        To be called once for each row before a solve.
+        """
+        # Counting from the first solve, which has nothing to keep: no start from zero shows.
+        keep = min(self.momentum, self.n_solves / (self.n_solves + 1))
+        new = log_p.transpose(0, 1)
+        self.scores[:, rows] = new if keep == 0 else self.scores[:, rows].lerp(new, 1 - keep)
+
+    def solve(self) -> None:
+        """Label all rows afresh from the scores."""
+        heads = zip(self.scores, self.weights, self.potential, strict=True)
         results = [self._solve_head(*head, self.reg_m) for head in heads]
         labels = torch.stack([r.labels for r in results])
         self.changed = float((labels != self.labels).double().mean())
-        self.labels, self.scores = labels, scores
+        self.labels = labels
+        self.n_solves += 1
         self.potential = [r.potential for r in results]
         self.n_iter = sum(r.n_iter for r in results)
         self.marginal_error = max(r.marginal_error for r in results)
@@ -126,7 +153,7 @@ class SelfLabels:
 
     def targets(self, rows: Tensor) -> Tensor:
         """q(y | x_i) of the rows, (n_rows, n_heads, n_clusters)."""
-        if self.scores is None or not self.soft:
+        if not (self.n_solves and self.soft):
             return F.one_hot(self.labels[:, rows].T, self.weights.shape[1]).float()
         shift = torch.stack([p.float() for p in self.potential])  # type: ignore[union-attr]
         return ((self.scores[:, rows] + shift[:, None]) / self.reg).softmax(2).transpose(0, 1)
@@ -156,7 +183,11 @@ def self_label(
         try:
             solved = epoch in solve_epochs
             if solved:  # min over Q, eq. (6)
-                labels.solve(mean_log_probability(network, views, n, schedule))
+                if schedule.n_views:
+                    for rows, log_p in label_pass(network, views, n, schedule):
+                        labels.see(rows, log_p)
+                labels.solve()
+            watch = schedule.n_views == 0 and epoch + 1 in solve_epochs
             loss, order = 0.0, torch.randperm(n, generator=generator, device=generator.device)
             network.train()
             for rows in order.tensor_split(n_batches):  # min over the network, eq. (4)
@@ -169,6 +200,8 @@ def self_label(
                 loss += float(batch_loss.detach()) * len(rows) / n
                 if not math.isfinite(loss):
                     raise FloatingPointError(_diverged(f"the loss became {loss}", schedule))
+                if watch:
+                    labels.see(rows, log_p.detach())
         except KeyboardInterrupt:
             network.load_state_dict(kept)
             return False
@@ -191,23 +224,18 @@ def self_label(
 
 
 @torch.no_grad()
-def mean_log_probability(
+def label_pass(
     network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int, schedule: Schedule
-) -> Tensor:
-    """log p(y | x_i) averaged over n_views random views, (n_heads, n, n_clusters)."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (rows, log p(y | x_i) averaged over n_views random views) for all n rows."""
     network.eval()
-    total: Tensor | None = None
     device = next(network.parameters()).device
-    for _ in range(schedule.n_views):
-        for rows in torch.arange(n, device=device).split(schedule.label_rows):
-            log_p = network(views(rows)).log_softmax(2).transpose(0, 1)
-            if total is None:
-                total = torch.zeros(log_p.shape[0], n, log_p.shape[2], device=device)
-            total[:, rows] += log_p / schedule.n_views
-    assert total is not None
-    if not total.isfinite().all():
-        raise FloatingPointError(_diverged("predictions are not finite", schedule))
-    return total
+    for rows in torch.arange(n, device=device).split(schedule.label_rows):
+        seen = [network(views(rows)).log_softmax(2) for _ in range(schedule.n_views)]
+        log_p = torch.stack(seen).mean(0)
+        if not log_p.isfinite().all():
+            raise FloatingPointError(_diverged("predictions are not finite", schedule))
+        yield rows, log_p
 
 
 def _diverged(what: str, schedule: Schedule) -> str:

@@ -350,6 +350,15 @@ def test_flat_rows_with_image_shape_are_images(images, image_shape):
     assert_same_fit(clusterer(10, image_shape=image_shape).fit(FLAT), images)
 
 
+def test_flat_rows_of_images_are_recognised(images):
+    assert_same_fit(clusterer(10).fit(FLAT), images)
+
+
+@pytest.mark.parametrize("said", [{"backbone": "mlp"}, {"augment": None}])
+def test_flat_rows_are_vectors_where_parameters_say_what_to_do_with_them(said):
+    assert clusterer(10, max_epochs=1, **said).fit(FLAT).image_shape_ is None
+
+
 def test_flat_rows_are_taken_after_fitting_images(images):
     np.testing.assert_array_equal(images.predict(FLAT), images.labels_)
 
@@ -556,6 +565,20 @@ def test_global_generators_are_left_alone(X):
     estimator = clusterer(backbone=dropout_backbone, max_epochs=2).fit(X)
     estimator.predict(X)
     assert states() == before
+
+
+@pytest.mark.parametrize("X", [BLOBS, IMAGES.repeat(4, 1).repeat(4, 2)], ids=["small", "large"])
+def test_number_of_threads_is_as_before_after_a_fit(X):
+    before = torch.get_num_threads()
+    within = []
+
+    def augment(x):
+        within.append(torch.get_num_threads())
+        return x
+
+    clusterer(augment=augment, max_epochs=1).fit(X)
+    assert torch.get_num_threads() == before
+    assert set(within) == {1 if X is BLOBS else before}
 
 
 def test_a_fit_on_the_cpu_leaves_the_generators_of_gpus_alone(monkeypatch):

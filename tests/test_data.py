@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, make_blobs
 
 from sklearn_sela import _data
-from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows
+from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
 
 CPU = torch.device("cpu")
 
@@ -193,3 +193,35 @@ def test_digits_are_not_mirrored():
 def test_images_that_come_in_mirrored_pairs_are_mirrored():
     X = load_digits().images[:200]
     assert geometry(np.concatenate([X, X[..., ::-1]]), (1, 8, 8)).mirrors(rng())
+
+
+@pytest.mark.parametrize("change", [lambda X: X, lambda X: X / 16, lambda X: X[:40], np.float32])
+def test_flat_rows_of_square_images_are_recognised(change):
+    assert square_images(change(load_digits().data)) == (1, 8, 8)
+
+
+def test_shuffled_pixels_are_no_images():
+    X = load_digits().data
+    assert square_images(X[:, rng().permutation(64)]) is None
+
+
+TABLES = {
+    "noise": lambda r: r.normal(size=(100, 64)),
+    "few rows": lambda r: r.normal(size=(3, 64)),
+    "blobs": lambda r: make_blobs(300, 64, centers=5, random_state=int(r.integers(1000)))[0],
+    "one factor": lambda r: r.normal(size=(100, 1)) @ r.normal(size=(1, 100)),
+    "all alike": lambda r: r.normal(size=(100, 1)) + 0.5 * r.normal(size=(100, 64)),
+    "walks": lambda r: r.normal(size=(100, 64)).cumsum(1),
+    "waves": lambda r: np.sin(
+        np.linspace(0, r.uniform(2, 30), 64) * r.uniform(0.5, 1.5, (100, 1))
+        + r.normal(size=(100, 1))
+    ),
+    "constant": lambda r: np.ones((20, 64)),
+    "not square": lambda r: load_digits().data[:, :56],
+    "small": lambda r: load_digits().images[:, :7, :7].reshape(-1, 49),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_and_signals_are_no_images(name):
+    assert [square_images(TABLES[name](rng(seed))) for seed in range(20)] == [None] * 20

@@ -212,7 +212,8 @@ BAD = {
     "neighbor_probability": [-0.1, 1.1, np.nan, "half", None],
     "init": [None, 3, ["kmeans"]],
     "soft_targets": ["no", None, 3],
-    "n_views": [0, 1.5],
+    "n_views": [-1, 1.5],
+    "label_momentum": [-0.1, 1.5, "a"],
     "n_solves": [0, 2.5],
     "cluster_sizes": [
         None,

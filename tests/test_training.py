@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._recipe import sizes_are_equal, target_sizes
-from sklearn_sela._training import Schedule, SelfLabels, mean_log_probability, self_label
+from sklearn_sela._training import Schedule, SelfLabels, label_pass, self_label
 
 SCHEDULE = Schedule(
     epochs=6,
@@ -55,8 +56,8 @@ class Toy:
         self.calls += 1
         return self.x[rows] + 0.05 * torch.randn(len(rows), 2, generator=self.generator)
 
-    def labels(self, reg=0.2, reg_m=math.inf, soft=True):
-        return SelfLabels(self.start, self.weights, reg, reg_m, soft)
+    def labels(self, reg=0.2, reg_m=math.inf, soft=True, momentum=0.5):
+        return SelfLabels(self.start, self.weights, reg, reg_m, soft, momentum)
 
     def run(self, labels, schedule=SCHEDULE, views=None):
         self.records = []
@@ -155,7 +156,7 @@ def test_no_batch_of_one_row_as_batch_norm_cannot_train_on_it(n, batch_size):
         sizes.append(len(rows))
         return toy.x[rows]
 
-    labels = SelfLabels(toy.start[:, :n], toy.weights, 0.2, math.inf, True)
+    labels = SelfLabels(toy.start[:, :n], toy.weights, 0.2, math.inf, True, 0.5)
     toy.run(labels, replace(SCHEDULE, epochs=1, batch_size=batch_size), views)
     assert min(sizes) >= 2
 
@@ -167,26 +168,86 @@ def test_solves_average_over_the_views():
     assert toy.calls == 2 * batches + 5
 
 
-def test_mean_log_probability_is_the_mean_over_views():
-    toy = Toy()
-    shifts = iter([0.0, 1.0])
-    seen = []
+def test_without_views_of_its_own_a_solve_takes_what_training_predicted():
+    toy, seen = Toy(), {}
 
     def views(rows):
-        seen.append(toy.x[rows] + next(shifts))
-        return seen[-1]
+        x = toy.views(rows)
+        for i, one in zip(rows.tolist(), x, strict=True):
+            seen.setdefault(i, one)  # of the first epoch
+        return x
 
-    found = mean_log_probability(toy.network, views, N, replace(SCHEDULE, n_views=2))
-    expected = torch.stack([toy.network(x).log_softmax(2) for x in seen]).mean(0).transpose(0, 1)
-    torch.testing.assert_close(found, expected.detach())
+    labels = toy.labels()
+    # At a learning rate of almost 0 the network stays, and its predictions can be repeated.
+    toy.run(labels, replace(SCHEDULE, epochs=2, n_views=0, learning_rate=1e-12), views)
+    assert toy.calls == 2 * 4  # batches: no pass besides training
+    expected = toy.network(torch.stack([seen[i] for i in range(N)])).log_softmax(2)
+    torch.testing.assert_close(labels.scores, expected.transpose(0, 1).detach())
 
 
-def test_mean_log_probability_is_computed_in_eval_mode():
+def test_momentum_is_the_share_of_the_last_scores_that_is_kept():
+    one, two, three = (random_scores(k=2, seed=seed) for seed in range(3))
+    toy = Toy()
+    labels = toy.labels(momentum=0.25)
+    expected = one
+    for new in (one, two, three):
+        if new is not one:
+            expected = 0.25 * expected + 0.75 * new
+        see(labels, new)
+        labels.solve()
+        torch.testing.assert_close(labels.scores, expected)
+
+
+def test_momentum_of_one_is_the_mean_of_all():
+    scores = [random_scores(k=2, seed=seed) for seed in range(4)]
+    labels = Toy().labels(momentum=1.0)
+    for new in scores:
+        see(labels, new)
+        labels.solve()
+    torch.testing.assert_close(labels.scores, torch.stack(scores).mean(0))
+
+
+def test_soft_targets_rest_between_solves():
+    toy, targets = Toy(), []
+    labels = toy.labels()
+
+    def views(rows):
+        targets.append(labels.targets(torch.arange(N)))
+        return toy.views(rows)
+
+    schedule = replace(SCHEDULE, epochs=4, n_views=0, n_solves=1)
+    (solved_at,) = schedule.solve_epochs()
+    toy.run(labels, schedule, views)
+    batches = len(targets) // 4
+    after = targets[solved_at * batches :]
+    assert all(torch.equal(q, after[0]) for q in after)
+
+
+def label_pass_of(network, views, n_views):
+    parts = list(label_pass(network, views, N, replace(SCHEDULE, n_views=n_views, label_rows=50)))
+    assert torch.equal(torch.cat([rows for rows, _ in parts]), torch.arange(N))
+    return torch.cat([log_p for _, log_p in parts])
+
+
+def test_label_pass_gives_the_mean_over_views():
+    toy, seen = Toy(), {}
+    turn = itertools.cycle([0.0, 1.0])
+
+    def views(rows):
+        shift = next(turn)
+        seen.setdefault(shift, []).append(toy.x[rows] + shift)
+        return seen[shift][-1]
+
+    found = label_pass_of(toy.network, views, 2)
+    expected = [toy.network(torch.cat(x)).log_softmax(2) for x in seen.values()]
+    torch.testing.assert_close(found, torch.stack(expected).mean(0).detach())
+
+
+def test_label_pass_is_in_eval_mode():
     toy = Toy()
     toy.network.backbone = nn.Sequential(toy.network.backbone, nn.Dropout(0.5))
     toy.network.train()
-    once = replace(SCHEDULE, n_views=1)
-    one, two = (mean_log_probability(toy.network, lambda r: toy.x[r], N, once) for _ in range(2))
+    one, two = (label_pass_of(toy.network, lambda r: toy.x[r], 1) for _ in range(2))
     assert torch.equal(one, two)
 
 
@@ -237,6 +298,11 @@ def test_targets_before_a_solve_are_the_starting_labels():
     assert set(targets.flatten().tolist()) == {0.0, 1.0}
 
 
+def see(labels, scores):
+    for rows in torch.arange(N).split(50):
+        labels.see(rows, scores[:, rows].transpose(0, 1))
+
+
 def random_scores(heads=2, k=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(heads, N, k, generator=g).log_softmax(2)
@@ -245,8 +311,9 @@ def random_scores(heads=2, k=3, seed=0):
 def solved(soft, weights=(0.2, 0.3, 0.5), reg_m=math.inf):
     start = torch.zeros(2, N, dtype=torch.int64)
     shares = torch.tensor([weights] * 2, dtype=torch.float64)
-    state = SelfLabels(start, shares, 0.2, reg_m, soft)
-    state.solve(random_scores())
+    state = SelfLabels(start, shares, 0.2, reg_m, soft, 0.0)
+    see(state, random_scores())
+    state.solve()
     return state
 
 
@@ -282,7 +349,8 @@ def test_learned_sizes_are_pulled_part_of_the_way():
 def test_a_second_solve_goes_on_from_the_potential_of_the_first():
     state = solved(soft=True)
     first = state.n_iter
-    state.solve(random_scores())
+    see(state, random_scores())
+    state.solve()
     assert state.n_iter < first
     assert state.changed == 0.0
 
@@ -408,6 +476,7 @@ def test_a_weak_pull_cannot_let_a_cluster_die():
     toy = Toy(share=0.4)
     labels = toy.labels(reg_m=1.0)
     sure = torch.stack([torch.zeros(N), torch.full((N,), -20.0)], 1) + 0.01 * toy.x
-    labels.solve(sure.expand(2, N, 2))
+    see(labels, sure.expand(2, N, 2))
+    labels.solve()
     for row in labels.labels:
         assert (row.bincount(minlength=2) >= 0.5 * N * toy.weights[0]).all()
