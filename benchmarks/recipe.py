@@ -2,7 +2,7 @@
 
     python benchmarks/recipe.py                      # everything: about an hour
     python benchmarks/recipe.py digits --seeds 2     # one data set
-    python benchmarks/recipe.py digits --only sela --set n_views=2   # one change, measured
+    python benchmarks/recipe.py digits --only sela --set n_views=4   # one change, measured
 
 A fresh process is what a user's first fit is: UMAP compiles itself in it, torch starts up in
 it. The column "again" is the time of a second fit in the same process, without either.
@@ -101,7 +101,7 @@ def main() -> None:
                 command += ["--set", *options.set] if options.set and method == "sela" else []
                 environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
                 done = subprocess.run(
-                    command, env=environment, check=True, capture_output=True, text=True
+                    command, env=environment, check=True, stdout=subprocess.PIPE, text=True
                 )
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
             values = {key: np.array([run[key] for run in runs]) for key in runs[0]}

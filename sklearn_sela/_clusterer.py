@@ -6,7 +6,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from sklearn_sela._augment import ImageAugment, Jitter, Views
-from sklearn_sela._backbones import BACKBONES, convnet, mlp
+from sklearn_sela._backbones import convnet, mlp
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
 from sklearn_sela._device import one_thread, resolve_device, seeded
 from sklearn_sela._network import inference, rows_at_once
 from sklearn_sela._recipe import Recipe, fit_network
 from sklearn_sela._training import LABEL_TOL, Schedule
+from sklearn_sela._validation import as_image, check_parameters, cluster_sizes, image_shape_of
 from sklearn_sela.metrics import information_score
 
 _SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
@@ -240,7 +240,7 @@ class SelfLabelClusterer(
             When the loss is not finite. Whatever is raised, an estimator that was fitted
             before stays as it was.
         """
-        self._check_parameters()
+        check_parameters(self)
         device = resolve_device(self.device)
         before = self.__dict__.copy()
         try:
@@ -346,55 +346,6 @@ class SelfLabelClusterer(
             out[rows] = values.cpu().numpy()
         return out
 
-    def _check_parameters(self) -> None:
-        """Raise ValueError or TypeError for the first parameter out of range."""
-        whole = {"n_clusters": 1, "n_heads": 1, "n_views": 0, "max_epochs": 1, "batch_size": 1}
-        for name, low in {**whole, "verbose": 0}.items():
-            _check_number(name, getattr(self, name), Integral, low)
-        if self.n_solves is not None:
-            _check_number("n_solves", self.n_solves, Integral, 1)
-        if self.over_clusters not in (None, "auto"):
-            _check_number("over_clusters", self.over_clusters, Integral, 0)
-        if self.n_neighbors != "auto":
-            _check_number("n_neighbors", self.n_neighbors, Integral, 0)
-        for name in ("reg", "learning_rate"):
-            _check_number(name, getattr(self, name), Real, 0, strict=True)
-        _check_number("weight_decay", self.weight_decay, Real, 0)
-        _check_number("neighbor_probability", self.neighbor_probability, Real, 0, high=1)
-        _check_number("label_momentum", self.label_momentum, Real, 0, high=1)
-        _check_choice("init", self.init, ["kmeans", "random"])
-        _check_choice("lr_schedule", self.lr_schedule, ["one_cycle", "step"])
-        if not isinstance(self.soft_targets, bool):
-            raise TypeError(f"soft_targets must be a bool, got {self.soft_targets!r}.")
-        if isinstance(self.backbone, str):
-            _check_choice("backbone", self.backbone, ["auto", *BACKBONES], "or a torch module")
-        elif not callable(self.backbone):
-            raise TypeError(
-                f"backbone must be a name, a torch module or a callable, got {self.backbone!r}."
-            )
-        if isinstance(self.augment, str):
-            _check_choice("augment", self.augment, ["auto"], "None or a callable on a batch")
-        elif self.augment is not None and not callable(self.augment):
-            raise TypeError(f"augment must be 'auto', None or a callable, got {self.augment!r}.")
-        self._cluster_sizes()
-
-    def _cluster_sizes(self) -> str | np.ndarray:
-        if isinstance(self.cluster_sizes, str):
-            _check_choice(
-                "cluster_sizes", self.cluster_sizes, ["learned", "balanced"], "an array of shares"
-            )
-            return self.cluster_sizes
-        try:
-            sizes = np.asarray(self.cluster_sizes, dtype=np.float64)
-        except (TypeError, ValueError):
-            sizes = np.array(np.nan)
-        if sizes.shape != (self.n_clusters,) or not np.isfinite(sizes).all() or (sizes <= 0).any():
-            raise ValueError(
-                f"cluster_sizes must be 'learned', 'balanced' or n_clusters={self.n_clusters} "
-                f"positive shares, got {self.cluster_sizes!r}."
-            )
-        return sizes
-
     def _validate_rows(self, X: Any, reset: bool) -> np.ndarray:
         """X as an array of rows, uncopied where it is one; sets what fit learns of its shape."""
         if isinstance(X, torch.utils.data.Dataset | torch.utils.data.DataLoader):
@@ -420,17 +371,17 @@ class SelfLabelClusterer(
             self.n_features_in_ = math.prod(X.shape[1:])
             if X.ndim > 2:  # images have none; an earlier fit may have had
                 self.__dict__.pop("feature_names_in_", None)
-            self.image_shape_ = _image_shape(X, self.image_shape)
+            self.image_shape_ = image_shape_of(X, self.image_shape)
             if X.ndim == 2 and self.image_shape is None and self._reads_data():
                 self.image_shape_ = square_images(X)
         elif X.ndim > 2 and (
-            self.image_shape_ is None or _as_image(X.shape[1:]) != self.image_shape_
+            self.image_shape_ is None or as_image(X.shape[1:]) != self.image_shape_
         ):
             fitted = (
                 "vectors" if self.image_shape_ is None else f"images of shape {self.image_shape_}"
             )
             raise ValueError(
-                f"X holds images of shape {_as_image(X.shape[1:])}, but {type(self).__name__} was "
+                f"X holds images of shape {as_image(X.shape[1:])}, but {type(self).__name__} was "
                 f"fitted on {fitted} ({self.n_features_in_} features)."
             )
         return X
@@ -488,7 +439,7 @@ class SelfLabelClusterer(
             n_heads=self.n_heads,
             over_clusters=auto if self.over_clusters == "auto" else int(self.over_clusters or 0),
             init=self.init,
-            cluster_sizes=self._cluster_sizes(),
+            cluster_sizes=cluster_sizes(self),
             reg=self.reg,
             soft_targets=self.soft_targets,
             label_momentum=self.label_momentum,
@@ -546,56 +497,6 @@ class SelfLabelClusterer(
         tags.input_tags.three_d_array = True
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
-
-
-def _image_shape(X: np.ndarray, image_shape: tuple[int, ...] | None) -> tuple[int, int, int] | None:
-    """(channels, height, width) of the rows of X, or None for vectors."""
-    asked = None if image_shape is None else _as_image(image_shape)
-    shape = asked if X.ndim == 2 else _as_image(X.shape[1:])
-    if shape is None:
-        return None
-    if math.prod(shape) != math.prod(X.shape[1:]):
-        raise ValueError(
-            f"image_shape={image_shape} holds {math.prod(shape)} values, but the rows of X have "
-            f"{X.shape[1]}."
-        )
-    if asked is not None and asked != shape:
-        raise ValueError(f"image_shape={image_shape} does not match images of shape {shape} in X.")
-    if shape[2] in (1, 3, 4) and min(shape[:2]) > 4:
-        raise ValueError(
-            f"Images of shape {shape} read as {shape[0]} channels of {shape[1]} x {shape[2]} "
-            "pixels. Put channels first: images.transpose(0, 3, 1, 2)."
-        )
-    return shape
-
-
-def _as_image(shape: Any) -> tuple[int, int, int]:
-    sizes = tuple(shape) if np.iterable(shape) else ()
-    whole = all(isinstance(size, Integral) and int(size) > 0 for size in sizes)
-    if len(sizes) not in (2, 3) or not whole:
-        raise ValueError(
-            f"image_shape={shape!r} must be (height, width) or (channels, height, width)."
-        )
-    c, h, w = (1, *sizes) if len(sizes) == 2 else sizes
-    return int(c), int(h), int(w)
-
-
-def _check_number(
-    name: str, value: Any, kind: Any, low: float, high: float = math.inf, strict: bool = False
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        noun = "an integer" if kind is Integral else "a number"
-        raise TypeError(f"{name} must be {noun}, got {value!r}.")
-    number = float(value)
-    if not (low < number if strict else low <= number) or not number <= min(high, 1e300):
-        bound = f"> {low}" if strict else f">= {low}"
-        limit = "finite" if high == math.inf else f"<= {high}"
-        raise ValueError(f"{name} must be {bound} and {limit}, got {value!r}.")
-
-
-def _check_choice(name: str, value: str, known: list[str], also: str = "") -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {known}{also and ', ' + also}.")
 
 
 def _progress(row: dict, max_epochs: int) -> str:

@@ -85,16 +85,20 @@ def fit_network(
         )
         return state, done
 
-    complete = True
     many = min(recipe.over_clusters, len(rows) // _OVER_CLUSTER_ROWS)
     over_cluster = many > recipe.n_clusters
+    complete = True
     if over_cluster:
         network = network_of(many)
         labels = starting_labels(geometry, many, recipe.n_heads, recipe.init, seed)
         equal = np.full((recipe.n_heads, many), 1 / many)
         half = replace(schedule, epochs=(schedule.epochs + 1) // 2)
         _, complete = train("features", labels, equal, np.inf, half)
-        labels = cluster_features(network, geometry, recipe.n_clusters, seed)
+        try:
+            labels, features = cluster_features(network, geometry, recipe.n_clusters, seed)
+        except KeyboardInterrupt:  # without this step the first round is lost: once more
+            complete = False
+            labels, features = cluster_features(network, geometry, recipe.n_clusters, seed)
         # After Ctrl-C there is no second round: its heads stay where they start.
         schedule = replace(schedule, epochs=schedule.epochs // 2 if complete else 0)
     else:
@@ -102,7 +106,9 @@ def fit_network(
     labels, weights, pull = target_sizes(labels, recipe.n_clusters, recipe.cluster_sizes)
     network = network_of(recipe.n_clusters)
     if over_cluster:
-        network.start_heads(*head_directions(network, geometry, labels))
+        centroids = mean_features(features, labels[:, geometry.reference], recipe.n_clusters)
+        norm = float(np.linalg.norm(features, axis=1).mean())
+        network.start_heads(centroids.to(rows.device), _HEAD_SCALE / max(norm, 1e-6))
     state, done = train("clusters", labels, weights, pull, schedule)
     best_head = 0
     try:
@@ -134,8 +140,10 @@ def starting_labels(
 
 def cluster_features(
     network: SelfLabelNetwork, geometry: Geometry, k: int, seed: int
-) -> np.ndarray:
-    """(n_heads, n) labels: k-means in three views of what the over-clustered network learned.
+) -> tuple[np.ndarray, np.ndarray]:
+    """k-means in three views of what the over-clustered network learned.
+
+    Returns the labels, (n_heads, n), and the features of the reference rows.
 
     In turn over the heads: its features, the consensus of its heads (the leading singular
     vectors of samples x over-clusters, as in bipartite spectral clustering: Dhillon, KDD
@@ -149,7 +157,12 @@ def cluster_features(
         p = network.heads(features).unflatten(1, network.shape).softmax(2)
         return torch.cat([features, p.flatten(1)], 1)
 
-    sample = _run(network, forward, geometry, geometry.reference)
+    def reference(part: slice) -> Tensor:
+        return geometry.rows[torch.from_numpy(geometry.reference[part])]
+
+    m = len(geometry.reference)
+    batches = inference(network, forward, reference, m, geometry.n_values)
+    sample = np.concatenate([out.cpu().numpy() for _, out in batches])
     p = sample[:, d:].astype(np.float64)
     mass = np.sqrt(p.sum(0))
     _, vectors = np.linalg.eigh((p / mass).T @ (p / mass))
@@ -166,20 +179,14 @@ def cluster_features(
         z = out.cpu().numpy()
         for row, model, embed in zip(labels, models, chosen, strict=True):
             row[part] = model.predict(embed(z))
-    return labels
+    return labels, sample[:, :d]
 
 
-def head_directions(
-    network: SelfLabelNetwork, geometry: Geometry, labels: np.ndarray
-) -> tuple[Tensor, float]:
-    """Mean feature of each cluster of each head, and the scale of weights to start with."""
-    features = _run(network, network.embed, geometry, geometry.reference)
-    k = network.shape[1]
-    one_hot = np.eye(k, dtype=np.float32)[labels[:, geometry.reference]]
+def mean_features(features: np.ndarray, labels: np.ndarray, k: int) -> Tensor:
+    """(n_heads, k, d) mean of the features (m, d) of each cluster of labels (n_heads, m)."""
+    one_hot = np.eye(k, dtype=np.float32)[labels]
     counts = one_hot.sum(1)[:, :, None]
-    centroids = one_hot.transpose(0, 2, 1) @ features / np.maximum(counts, 1)
-    norm = float(np.linalg.norm(features, axis=1).mean())
-    return torch.from_numpy(centroids).to(geometry.rows.device), _HEAD_SCALE / max(norm, 1e-6)
+    return torch.from_numpy(one_hot.transpose(0, 2, 1) @ features / np.maximum(counts, 1))
 
 
 def target_sizes(
@@ -231,19 +238,6 @@ def view_information(
     joint = torch.stack(batches).sum(0) / n
     independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
     return torch.special.xlogy(joint, joint / independent.clamp_min(1e-300)).sum((1, 2))
-
-
-def _run(
-    network: nn.Module,
-    function: Callable[[Tensor], Tensor],
-    geometry: Geometry,
-    indices: np.ndarray,
-) -> np.ndarray:
-    def batch(part: slice) -> Tensor:
-        return geometry.rows[torch.from_numpy(indices[part])]
-
-    batches = inference(network, function, batch, len(indices), geometry.n_values)
-    return np.concatenate([out.cpu().numpy() for _, out in batches])
 
 
 def _k_means(points: np.ndarray, k: int, seed: int, n_init: int) -> KMeans:

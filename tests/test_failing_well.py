@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from torch import nn
 
-from sklearn_sela import SelfLabelClusterer, _training
+from sklearn_sela import SelfLabelClusterer, _recipe, _training
 
 IMAGES = load_digits().images[:200]
 FLAT = IMAGES.reshape(200, -1)
@@ -389,6 +389,22 @@ def assert_same_weights(one, two):
 
 def test_the_calls_that_the_next_tests_interrupt_are_those_they_mean():
     assert stoppable().fit(BLOBS).augment.calls == 46
+
+
+def test_an_interrupted_clustering_of_the_features_is_made_up_for(monkeypatch):
+    real, calls = _recipe._k_means, []
+
+    def k_means(points, k, seed, n_init):
+        calls.append(n_init)
+        if calls.count(10) == 2:  # the second head's, between the stages
+            raise KeyboardInterrupt
+        return real(points, k, seed, n_init)
+
+    monkeypatch.setattr(_recipe, "_k_means", k_means)
+    with pytest.warns(ConvergenceWarning, match="interrupted"):
+        estimator = clusterer().fit(BLOBS)
+    assert list(estimator.history_.stage) == ["features"] * 2
+    assert len(np.unique(estimator.labels_)) == 4
 
 
 @pytest.mark.parametrize(

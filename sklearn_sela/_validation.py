@@ -1,0 +1,114 @@
+"""Validation: what the estimator accepts, and the errors that name what it does not."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from sklearn_sela._backbones import BACKBONES
+
+
+def check_parameters(estimator: Any) -> None:
+    """Raise ValueError or TypeError for the first parameter out of range."""
+    whole = {"n_clusters": 1, "n_heads": 1, "n_views": 0, "max_epochs": 1, "batch_size": 1}
+    for name, low in {**whole, "verbose": 0}.items():
+        _check_number(name, getattr(estimator, name), Integral, low)
+    if estimator.n_solves is not None:
+        _check_number("n_solves", estimator.n_solves, Integral, 1)
+    if estimator.over_clusters not in (None, "auto"):
+        _check_number("over_clusters", estimator.over_clusters, Integral, 0)
+    if estimator.n_neighbors != "auto":
+        _check_number("n_neighbors", estimator.n_neighbors, Integral, 0)
+    for name in ("reg", "learning_rate"):
+        _check_number(name, getattr(estimator, name), Real, 0, strict=True)
+    _check_number("weight_decay", estimator.weight_decay, Real, 0)
+    _check_number("neighbor_probability", estimator.neighbor_probability, Real, 0, high=1)
+    _check_number("label_momentum", estimator.label_momentum, Real, 0, high=1)
+    _check_choice("init", estimator.init, ["kmeans", "random"])
+    _check_choice("lr_schedule", estimator.lr_schedule, ["one_cycle", "step"])
+    if not isinstance(estimator.soft_targets, bool):
+        raise TypeError(f"soft_targets must be a bool, got {estimator.soft_targets!r}.")
+    if isinstance(estimator.backbone, str):
+        _check_choice("backbone", estimator.backbone, ["auto", *BACKBONES], "or a torch module")
+    elif not callable(estimator.backbone):
+        raise TypeError(
+            f"backbone must be a name, a torch module or a callable, got {estimator.backbone!r}."
+        )
+    if isinstance(estimator.augment, str):
+        _check_choice("augment", estimator.augment, ["auto"], "None or a callable on a batch")
+    elif estimator.augment is not None and not callable(estimator.augment):
+        raise TypeError(f"augment must be 'auto', None or a callable, got {estimator.augment!r}.")
+    cluster_sizes(estimator)
+
+
+def cluster_sizes(estimator: Any) -> str | np.ndarray:
+    if isinstance(estimator.cluster_sizes, str):
+        _check_choice(
+            "cluster_sizes", estimator.cluster_sizes, ["learned", "balanced"], "an array of shares"
+        )
+        return estimator.cluster_sizes
+    try:
+        sizes = np.asarray(estimator.cluster_sizes, dtype=np.float64)
+    except (TypeError, ValueError):
+        sizes = np.array(np.nan)
+    if sizes.shape != (estimator.n_clusters,) or not np.isfinite(sizes).all() or (sizes <= 0).any():
+        raise ValueError(
+            f"cluster_sizes must be 'learned', 'balanced' or n_clusters={estimator.n_clusters} "
+            f"positive shares, got {estimator.cluster_sizes!r}."
+        )
+    return sizes
+
+
+def image_shape_of(
+    X: np.ndarray, image_shape: tuple[int, ...] | None
+) -> tuple[int, int, int] | None:
+    """(channels, height, width) of the rows of X, or None for vectors."""
+    asked = None if image_shape is None else as_image(image_shape)
+    shape = asked if X.ndim == 2 else as_image(X.shape[1:])
+    if shape is None:
+        return None
+    if math.prod(shape) != math.prod(X.shape[1:]):
+        raise ValueError(
+            f"image_shape={image_shape} holds {math.prod(shape)} values, but the rows of X have "
+            f"{X.shape[1]}."
+        )
+    if asked is not None and asked != shape:
+        raise ValueError(f"image_shape={image_shape} does not match images of shape {shape} in X.")
+    if shape[2] in (1, 3, 4) and min(shape[:2]) > 4:
+        raise ValueError(
+            f"Images of shape {shape} read as {shape[0]} channels of {shape[1]} x {shape[2]} "
+            "pixels. Put channels first: images.transpose(0, 3, 1, 2)."
+        )
+    return shape
+
+
+def as_image(shape: Any) -> tuple[int, int, int]:
+    sizes = tuple(shape) if np.iterable(shape) else ()
+    whole = all(isinstance(size, Integral) and int(size) > 0 for size in sizes)
+    if len(sizes) not in (2, 3) or not whole:
+        raise ValueError(
+            f"image_shape={shape!r} must be (height, width) or (channels, height, width)."
+        )
+    c, h, w = (1, *sizes) if len(sizes) == 2 else sizes
+    return int(c), int(h), int(w)
+
+
+def _check_number(
+    name: str, value: Any, kind: Any, low: float, high: float = math.inf, strict: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        noun = "an integer" if kind is Integral else "a number"
+        raise TypeError(f"{name} must be {noun}, got {value!r}.")
+    number = float(value)
+    if not (low < number if strict else low <= number) or not number <= min(high, 1e300):
+        bound = f"> {low}" if strict else f">= {low}"
+        limit = "finite" if high == math.inf else f"<= {high}"
+        raise ValueError(f"{name} must be {bound} and {limit}, got {value!r}.")
+
+
+def _check_choice(name: str, value: str, known: list[str], also: str = "") -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {known}{also and ', ' + also}.")
