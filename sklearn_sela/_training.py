@@ -60,6 +60,7 @@ class Schedule:
             momentum=0.9,
             nesterov=True,
             weight_decay=self.weight_decay,
+            fused=True,  # one pass over the weights
         )
         if self.lr_schedule == "step":
             milestones = [round(steps * share) for share in (0.4, 0.6, 0.8)]
