@@ -98,9 +98,9 @@ class SelfLabelClusterer(
     reg : float, default=0.2
         Entropic regularisation of the label solve, in nats: 1 / lambda of the paper, whose
         values are lambda = 25 (ImageNet) and 10 (CIFAR).
-    max_epochs : int, default=60
+    max_epochs : int, default=50
         Passes over the data, half of them in each round.
-    batch_size : int, default=256
+    batch_size : int, default=128
         Samples of one gradient step; less for small data, never under an eighth of them.
     learning_rate : float, default=0.1
         Peak step size of stochastic gradient descent (momentum 0.9).
@@ -182,8 +182,8 @@ class SelfLabelClusterer(
         n_solves: int | None = None,
         cluster_sizes: Any = "learned",
         reg: float = 0.2,
-        max_epochs: int = 60,
-        batch_size: int = 256,
+        max_epochs: int = 50,
+        batch_size: int = 128,
         learning_rate: float = 0.1,
         lr_schedule: str = "one_cycle",
         weight_decay: float = 5e-4,
