@@ -1,6 +1,6 @@
 """The default recipe beside KMeans and UMAP + GMM: quality and time, every fit a fresh process.
 
-    python benchmarks/recipe.py                      # everything: about an hour
+    python benchmarks/recipe.py                      # everything: about half an hour
     python benchmarks/recipe.py digits --seeds 2     # one data set
     python benchmarks/recipe.py digits --only sela --set n_views=4   # one change, measured
 
