@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "sklearn_sela/__init__.py")
 
 plots = ["matplotlib>=3.8"]  # the demo's picture
 progress = ["rich>=13"]  # the demo's progress bar
+fast = ["numba>=0.61"]  # label solves at the speed of memory on a CPU
 setup(
     name="sklearn-sela",
     version=version,
@@ -33,10 +34,16 @@ setup(
     extras_require={
         "plots": plots,
         "progress": progress,
-        "benchmark": ["umap-learn>=0.5.7"],  # the peer measured in the same run
+        "fast": fast,
+        "benchmark": [  # the peers measured in the same run
+            *fast,
+            "umap-learn>=0.5.7",
+            "POT>=0.9.5",
+        ],
         "test": [
             *plots,
             *progress,
+            *fast,
             "pytest>=8",
             "hypothesis>=6.100",  # properties of the solver
             "pytest-xdist>=3.5",  # both cores

@@ -560,7 +560,7 @@ def test_repeating_a_sample_equals_weighting_it():
 def test_more_rows_than_one_block_solve_like_one_block(monkeypatch):
     scores = dyadic_scores(14)
     plain = sinkhorn_labels(scores, tol=1e-9, return_assignment=True)
-    monkeypatch.setattr("sklearn_sela._sinkhorn._BLOCK", 35)
+    monkeypatch.setattr("sklearn_sela._kernels._CHUNK", 35)
     blocked = sinkhorn_labels(scores, tol=1e-9, return_assignment=True)
     constant = sinkhorn_labels(np.zeros((100, 2)))
     assert (blocked.labels == plain.labels).all()

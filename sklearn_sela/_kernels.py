@@ -1,0 +1,226 @@
+"""Reads of the scores: what a solver asks of all rows at once, in one pass over memory.
+
+The plain torch path is the reference. Where numba (CPU) or triton (GPU) is installed, large
+problems take the fused reads of ``_kernels_numba`` and ``_kernels_triton`` instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sklearn_sela._scores import Scores
+
+_CHUNK = 1 << 20  # entries that the torch path works on at a time: bounds temporary memory
+_FUSED_FROM = (
+    1 << 18
+)  # entries of a problem, below which the fused reads are not worth their import
+_DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
+_FUSED_TOL = 1e-5  # smallest tolerance that sums in float32 can tell
+_ROUNDING = 1e7  # largest exponent over tol that float32 can hold without moving shares by tol
+_TIE = 1e-6  # entries of the solution closer than this, relatively, are tied
+
+
+class Ask(NamedTuple):
+    """A point at which a solver wants to know the sums over all rows."""
+
+    head: int
+    v: Tensor  # potential: (K,) float64 on the CPU, -inf for clusters that get nothing
+    reg: float
+    gram: bool = False
+
+    def powers(self) -> tuple[float, Tensor]:
+        """(a, g) such that q is proportional to 2 ** (a * s + g); g (K,) float32."""
+        scale = math.log2(math.e) / self.reg
+        return scale, (self.v * scale).clamp_min(-1e30).float()
+
+
+class Sums(NamedTuple):
+    """With q_i = softmax((s_i + v) / reg) and weights r_i that sum to one."""
+
+    m: Tensor  # cluster shares, sum_i r_i q_i: (K,) float64 on the CPU
+    value: float = 0.0  # reg * sum_i r_i logsumexp((s_i + v) / reg), if gram was asked for
+    gram: Tensor | None = None  # sum_i r_i q_i q_i': (K, K)
+
+
+class Reader:
+    """Reads scores for a solver: once to know them, then once for each round of asks.
+
+    Parameters
+    ----------
+    scores : Scores
+    sample_weight : array-like of shape (n_samples,) or None
+    reg, tol : float
+        Of the solve: they decide what precision it needs.
+
+    Raises
+    ------
+    ValueError
+        For scores that are not finite or -inf, or too spread out for ``reg``.
+    """
+
+    def __init__(self, scores: Scores, sample_weight: Any, reg: float, tol: float):
+        self.scores, self.k, self.device = scores, scores.k, scores.device
+        self._fused = _fused_reads(scores) if tol >= _FUSED_TOL else None
+        lowest, largest, self._barred = self._scan()
+        if not math.isfinite(lowest / reg):
+            raise ValueError(f"reg={reg!r} is too small for scores that spread over {-lowest:g}.")
+        self._floor = lowest - 100 * reg  # stands for -inf: a label of last resort
+        self.spread = -(self._floor if self._barred else lowest)
+        if self._barred or largest > _ROUNDING * tol * reg:
+            self._fused = None
+        sharp = self.spread > _ROUNDING * tol * reg
+        exact = scores.dtype == torch.float64 or not scores.dtype.is_floating_point
+        self.dtype = torch.float64 if exact or sharp else torch.float32
+        self.n = scores.n
+        self.r = as_shares(sample_weight, self.n, "sample_weight", self.device)
+        self._w = (self.r[:1] if sample_weight is None else self.r).mul(self.n).float()
+        # A small matrix is cleaned once and kept, a large one a chunk at a time in each read.
+        self._kept: Tensor | None = None
+        if self._fused is None and scores.whole() and self.n * self.k <= _CHUNK:
+            ((_, (tile,)),) = scores.blocks([0])
+            self._kept = self._clean(tile)
+
+    def sums(self, asks: list[Ask]) -> list[Sums]:
+        """What is asked for, several heads in one pass over the source."""
+        found = [Sums(torch.zeros(self.k, dtype=torch.float64, device=self.device))] * len(asks)
+        for rows, tiles in self._tiles(asks):
+            for i, (ask, tile) in enumerate(zip(asks, tiles, strict=True)):
+                if self._fused is not None and not ask.gram:
+                    w = self._w if len(self._w) == 1 else self._w[rows]
+                    m = self._fused.column_sums(tile, rows, ask, w) / self.n
+                    found[i] = Sums(found[i].m + m)
+                else:
+                    for part, z in self._exponents(tile, rows, ask):
+                        found[i] = self._plain_sums(found[i], z, self.r[part], ask)
+        tiny = torch.finfo(torch.float32).tiny  # the log of a starved share is finite
+        return [
+            Sums(m.cpu().clamp_min(tiny), value, None if gram is None else gram.cpu())
+            for m, value, gram in found
+        ]
+
+    def exponents(self, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, (s + v) / reg less a number per row), a chunk at a time."""
+        for rows, (tile,) in self._tiles([ask]):
+            yield from self._exponents(tile, rows, ask)
+
+    def solution(self, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, q), a chunk at a time."""
+        for rows, z in self.exponents(ask):
+            yield rows, z.softmax(1)
+
+    def largest(self, asks: list[Ask]) -> list[Tensor]:
+        """For each head the largest entry of each row of q; -1 less it where there are ties."""
+        labels = [torch.empty(self.n, dtype=torch.int64, device=self.device) for _ in asks]
+        for rows, tiles in self._tiles(asks):
+            for out, ask, tile in zip(labels, asks, tiles, strict=True):
+                if self._fused is not None and self._fused.largest(tile, ask, _TIE, out[rows]):
+                    continue
+                for part, z in self._exponents(tile, rows, ask):
+                    top, best = z.max(1)
+                    tied = (z >= top[:, None] - _TIE).sum(1) > 1
+                    out[part] = best.where(~tied, -1 - best)
+        return labels
+
+    def _tiles(self, asks: list[Ask]) -> Iterator[tuple[slice, list[Tensor]]]:
+        return self.scores.blocks([ask.head for ask in asks])
+
+    def _scan(self) -> tuple[float, float, bool]:
+        """(lowest entry below its row's maximum, largest magnitude, whether -inf occurs)."""
+        heads = list(range(self.scores.n_heads))
+        lowest, largest, barred = 0.0, 0.0, False
+        for _, tiles in self.scores.blocks(heads):
+            for head, tile in zip(heads, tiles, strict=True):
+                found = None if self._fused is None else self._fused.scan(tile, head)
+                spread, magnitude, bars = _scan(tile) if found is None else (*found, False)
+                lowest, largest = min(lowest, -spread), max(largest, magnitude)
+                barred |= bars
+        return lowest, largest, barred
+
+    def _clean(self, tile: Tensor) -> Tensor:
+        """Scores in the precision that the solve needs, row maximum 0, -inf replaced."""
+        x = tile.to(self.dtype)
+        top = x.amax(1, keepdim=True)
+        if not self._barred:
+            return x - top
+        return (x - top.where(top > -math.inf, torch.zeros_like(top))).clamp_min_(self._floor)
+
+    def _exponents(self, tile: Tensor, rows: slice, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, (s + v) / reg), whose softmax is the solution, a chunk at a time."""
+        shift = (ask.v / ask.reg).to(self.device, self.dtype)
+        step = max(1, _CHUNK // self.k)
+        for start in range(0, len(tile), step):
+            part = slice(rows.start + start, min(rows.start + start + step, rows.stop))
+            if self._kept is not None:
+                yield part, self._kept[part] / ask.reg + shift
+            else:
+                yield part, self._clean(tile[start : start + step]).div_(ask.reg).add_(shift)
+
+    def _plain_sums(self, before: Sums, z: Tensor, r: Tensor, ask: Ask) -> Sums:
+        q = z.softmax(1)
+        rq = r[:, None].to(q.dtype) * q
+        m = before.m + rq.sum(0).double()
+        if not ask.gram:
+            return Sums(m)
+        value = before.value + ask.reg * float((r * z.logsumexp(1).double()).sum())
+        gram = (rq.T @ q).double()
+        return Sums(m, value, gram if before.gram is None else before.gram + gram)
+
+
+def as_shares(weights: Any, size: int, name: str, device: torch.device | None = None) -> Tensor:
+    """Non-negative weights scaled to sum to one, float64; None is uniform."""
+    if weights is None:
+        return torch.full((1,), 1.0 / size, dtype=torch.float64, device=device).expand(size)
+    w = weights.detach() if isinstance(weights, Tensor) else torch.as_tensor(np.array(weights))
+    w = w.to(device, torch.float64)
+    if w.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(w.shape)}.")
+    if not w.isfinite().all() or (w < 0).any() or w.max() <= 0:
+        raise ValueError(f"{name} must be finite, non-negative and not all zero.")
+    w = w / w.max()  # the sum of huge weights would overflow
+    return w / w.sum()
+
+
+def _scan(tile: Tensor) -> tuple[float, float, bool]:
+    """(widest row, largest magnitude, whether -inf occurs), of finite entries."""
+    widest, largest, barred = 0.0, 0.0, False
+    for part in tile.split(max(1, _CHUNK // tile.shape[1])):
+        if not part.is_floating_point():
+            part = part.double()
+        elif part.dtype.itemsize < 4:
+            part = part.float()
+        low, top = torch.aminmax(part, dim=1)
+        if low.isnan().any() or (top == math.inf).any():
+            raise ValueError("scores contain NaN or +inf; they must be finite or -inf.")
+        if (low == -math.inf).any():
+            barred = True
+            low = part.masked_fill(part == -math.inf, math.inf).amin(1)
+            some = low < math.inf
+            low, top = (
+                low.where(some, torch.zeros_like(low)),
+                top.where(some, torch.zeros_like(top)),
+            )
+        widest = max(widest, float((top - low).max()))
+        largest = max(largest, float(low.abs().max()), float(top.abs().max()))
+    return widest, largest, barred
+
+
+def _fused_reads(scores: Scores) -> Any:
+    """Fused reads for these scores where they are worth it and can be had, or None."""
+    name, dtypes = {
+        "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
+        "cpu": ("numba", (torch.float32, torch.float64)),
+    }.get(scores.device.type, ("", ()))
+    if scores.dtype not in dtypes or 0 < scores.n * scores.k < _FUSED_FROM:
+        return None
+    try:
+        module = importlib.import_module(f"sklearn_sela._kernels_{name}")
+    except ImportError:
+        return None
+    return module.FusedReads(scores.n_heads) if scores.k <= module.WIDEST else None

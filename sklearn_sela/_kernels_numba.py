@@ -1,0 +1,237 @@
+"""The reads of the score matrix on a CPU, fused by numba: imported only where it is installed.
+
+A row is in the cache when its exponentials, their sum and its share of the column sums are
+formed, so that memory is read once and written never. ``exp2`` is a polynomial, as a call to
+the library's would keep the compiler from using vector registers.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+WIDEST = 1 << 24  # columns, whose numbers are exact in float32
+ROWS = 512  # of a block, whose column sums are added up in float32
+_TOGETHER = 1 << 18  # entries, from which on threads are worth starting
+_DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
+_F = np.float32
+_LEAST = _F(-126)  # exponents of two below have no normal float32
+_COMPILE: dict[str, Any] = {
+    "fastmath": True,  # sums in any order, or nothing would be vectorised; scores are finite
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+}
+
+
+@intrinsic
+def _times_power(context, p, whole):  # type: ignore[no-untyped-def]
+    """p * 2 ** whole for 1 <= p < 2: whole is added to the bits of p's exponent."""
+
+    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        i32 = ir.IntType(32)
+        power = builder.shl(builder.fptosi(args[1], i32), i32(23))
+        return builder.bitcast(builder.add(builder.bitcast(args[0], i32), power), ir.FloatType())
+
+    return types.float32(types.float32, types.float32), code
+
+
+def _extremum(name):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def extremum(context, x, y):  # type: ignore[no-untyped-def]
+        """The compiler's own maximum or minimum: Python's is not vectorised in a reduction."""
+
+        def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            f32 = ir.FloatType()
+            kind = ir.FunctionType(f32, [f32, f32])
+            function = builder.module.declare_intrinsic(name, [f32], kind)
+            return builder.call(function, args, fastmath=("nnan", "nsz"))
+
+        return types.float32(types.float32, types.float32), code
+
+    return extremum
+
+
+_max, _min = _extremum("llvm.maxnum"), _extremum("llvm.minnum")
+
+
+@intrinsic
+def _not_finite(context, x):  # type: ignore[no-untyped-def]
+    """1.0 for infinity and NaN, which fast arithmetic may not compare; else 0.0."""
+
+    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        i32 = ir.IntType(32)
+        exponent = builder.and_(builder.bitcast(args[0], i32), i32(0x7F800000))
+        return builder.uitofp(builder.icmp_signed("==", exponent, i32(0x7F800000)), ir.FloatType())
+
+    return types.float32(types.float32), code
+
+
+@njit(inline="always")
+def _exp2(t):  # type: ignore[no-untyped-def]
+    """2 ** t for t < 128, to 2e-7: the minimax polynomial of the fraction, then the exponent."""
+    t = _max(t, _LEAST)
+    whole = np.floor(t)
+    f = t - whole
+    p = _F(1.877576650e-3) * f + _F(8.989340199e-3)
+    p = p * f + _F(5.582631791e-2)
+    p = p * f + _F(2.401536171e-1)
+    p = p * f + _F(6.931530732e-1)
+    p = p * f + _F(9.999999251e-1)
+    return _times_power(p, whole)
+
+
+@njit(**_COMPILE)
+def scan(s, top, first, step):  # type: ignore[no-untyped-def]
+    """Largest entry of each row into top; returns (lowest, highest, widest row, not finite)."""
+    n, k = s.shape
+    found = np.zeros(4, np.float32)
+    found[0], found[1] = _F(3e38), _F(-3e38)
+    for start in range(first * ROWS, n, step * ROWS):
+        for i in range(start, min(start + ROWS, n)):
+            high, low, bad = _F(-3e38), _F(3e38), _F(0)
+            for j in range(k):
+                x = _F(s[i, j])
+                high, low = _max(high, x), _min(low, x)
+                bad = _max(bad, _not_finite(x))
+            top[i] = high
+            found[0] = _min(found[0], low)
+            found[1] = _max(found[1], high)
+            found[2] = _max(found[2], high - low)
+            found[3] = _max(found[3], bad)
+    return found
+
+
+@njit(**_COMPILE)
+def column_sums(s, a, g, weight, base, refresh, parts, first, step):  # type: ignore[no-untyped-def]
+    """Into parts, by block: sum over rows of weight * softmax of (a * s + g) * log 2.
+
+    ``base`` holds what is taken off the exponents of each row so that they do not overflow:
+    about their maximum, which ``refresh`` finds anew. Four rows at a time share the reads of
+    g and of the sums.
+    """
+    n, k = s.shape
+    e = np.empty((4, k), np.float32)
+    sums = np.empty(k, np.float32)
+    w = np.empty(4, np.float32)
+    several = len(weight) > 1
+    for block in range(first, len(parts), step):
+        stop = min((block + 1) * ROWS, n)
+        sums[:] = _F(0)
+        for i0 in range(block * ROWS, stop, 4):
+            # Beyond the last row it is repeated, weightless.
+            i1, i2, i3 = min(i0 + 1, stop - 1), min(i0 + 2, stop - 1), min(i0 + 3, stop - 1)
+            if refresh:
+                h0, h1, h2, h3 = _F(-3e38), _F(-3e38), _F(-3e38), _F(-3e38)
+                for j in range(k):
+                    h0 = _max(h0, _F(s[i0, j]) * a + g[j])
+                    h1 = _max(h1, _F(s[i1, j]) * a + g[j])
+                    h2 = _max(h2, _F(s[i2, j]) * a + g[j])
+                    h3 = _max(h3, _F(s[i3, j]) * a + g[j])
+                base[i0], base[i1], base[i2], base[i3] = h0, h1, h2, h3
+            b0, b1, b2, b3 = base[i0], base[i1], base[i2], base[i3]
+            t0, t1, t2, t3 = _F(0), _F(0), _F(0), _F(0)
+            for j in range(k):
+                e0 = _exp2(_F(s[i0, j]) * a + (g[j] - b0))
+                e1 = _exp2(_F(s[i1, j]) * a + (g[j] - b1))
+                e2 = _exp2(_F(s[i2, j]) * a + (g[j] - b2))
+                e3 = _exp2(_F(s[i3, j]) * a + (g[j] - b3))
+                t0, t1, t2, t3 = t0 + e0, t1 + e1, t2 + e2, t3 + e3
+                e[0, j], e[1, j], e[2, j], e[3, j] = e0, e1, e2, e3
+            for r in range(4):
+                w[r] = weight[min(i0 + r, n - 1) * several] if i0 + r < stop else _F(0)
+            w0, w1, w2, w3 = w[0] / t0, w[1] / t1, w[2] / t2, w[3] / t3
+            for j in range(k):
+                sums[j] += w0 * e[0, j] + w1 * e[1, j] + w2 * e[2, j] + w3 * e[3, j]
+        for j in range(k):
+            parts[block, j] = sums[j]
+
+
+@njit(**_COMPILE)
+def labels(s, a, g, index, out, tie, first, step):  # type: ignore[no-untyped-def]
+    """Into out the first largest of a * s + g of each row; -1 less it if another is within tie.
+
+    ``index`` counts the columns as floats, which mix with scores in one vector register.
+    """
+    n, k = s.shape
+    z = np.empty(k, np.float32)
+    for start in range(first * ROWS, n, step * ROWS):
+        for i in range(start, min(start + ROWS, n)):
+            high = _F(-3e38)
+            for j in range(k):
+                x = _F(s[i, j]) * a + g[j]
+                z[j] = x
+                high = _max(high, x)
+            least = high - tie
+            best, close = _F(3e38), _F(0)
+            for j in range(k):
+                near = z[j] >= least
+                best = _min(best, index[j] if near else _F(3e38))
+                close += _F(1) if near else _F(0)
+            out[i] = -1 - np.int64(best) if close > _F(1) else np.int64(best)
+
+
+class FusedReads:
+    """The three reads, in as many threads as torch has; their sums do not depend on how many."""
+
+    def __init__(self, n_heads: int):
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1))  # idle until used
+        self._offsets: list[Any] = [[] for _ in range(n_heads)]  # of each row's exponents
+        self._at: list[Any] = [None] * n_heads  # the ask they are right for
+        self._drifted = [False] * n_heads
+
+    def scan(self, tile: Tensor, head: int) -> tuple[float, float] | None:
+        """(widest row, largest magnitude); None if not all scores are finite."""
+        top = np.empty(len(tile), np.float32)
+        found = np.stack(self._in_threads(scan, tile.numpy(), top))
+        if found[:, 3].any():
+            return None
+        self._offsets[head].append(top)
+        largest = max(-found[:, 0].min(), found[:, 1].max())
+        return float(found[:, 2].max()), float(largest)
+
+    def column_sums(self, tile: Tensor, rows: slice, ask: Any, weight: Tensor) -> Tensor:
+        """Sum over the rows of weight * softmax: (K,) float64."""
+        a, g = ask.powers()
+        if rows.start == 0:
+            self._drifted[ask.head] = self._drift(ask) > _DRIFT
+            if self._drifted[ask.head]:
+                self._at[ask.head] = ask
+        parts = np.empty((-(-len(tile) // ROWS), tile.shape[1]))
+        offsets = self._offsets[ask.head][rows]
+        rest = (weight.numpy(), offsets, self._drifted[ask.head], parts)
+        self._in_threads(column_sums, tile.numpy(), np.float32(a), g.numpy(), *rest)
+        return torch.from_numpy(parts.sum(0))
+
+    def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
+        """Into out the largest entry of each row, -1 less it where there are ties."""
+        a, g = ask.powers()
+        index, gap = np.arange(len(g), dtype=np.float32), np.float32(tie * math.log2(math.e))
+        self._in_threads(labels, tile.numpy(), np.float32(a), g.numpy(), index, out.numpy(), gap)
+        return True
+
+    def _drift(self, ask: Any) -> float:
+        """How far exponents may have moved since their offsets were right."""
+        last, (a, g) = self._at[ask.head], ask.powers()
+        if last is None:  # the row maxima of the scan, for a potential of 0
+            self._offsets[ask.head] = np.concatenate(self._offsets[ask.head]) * np.float32(a)
+            self._at[ask.head] = last = ask._replace(v=torch.zeros_like(ask.v))
+        used = ask.v > -math.inf
+        moved = float((g - last.powers()[1])[used].abs().max())
+        return moved if ask.reg == last.reg else math.inf
+
+    def _in_threads(self, function: Any, *arguments: Any) -> list[Any]:
+        """function(*arguments, i, n) in n threads; each takes every n-th block of rows."""
+        n = self._threads if arguments[0].size >= _TOGETHER else 1
+        others = [self._pool.submit(partial(function, *arguments, i, n)) for i in range(1, n)]
+        return [function(*arguments, 0, n), *(other.result() for other in others)]

@@ -1,0 +1,80 @@
+"""The read of the score matrix on a GPU, fused by triton: imported only where it is installed.
+
+One program keeps the column sums of its rows in registers: the scores are read once, and what
+is written is one row of sums a program.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDEST = 1 << 14  # columns whose sums one program can hold
+_TILE = 1 << 12  # entries that a program works on at a time
+_PER_PROCESSOR = 4  # programs a streaming multiprocessor: enough to hide the memory's latency
+
+
+@triton.jit
+def _column_sums(  # type: ignore[no-untyped-def]
+    s, g, weight, parts, n, k, stride, a, several, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):
+    column = tl.arange(0, COLUMNS)
+    inside = column < k
+    shift = tl.load(g + column, mask=inside, other=0.0)
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        live = row < n
+        here = s + row.to(tl.int64)[:, None] * stride + column[None, :]
+        z = tl.load(here, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        z = tl.where(inside[None, :], z * a + shift[None, :], float("-inf"))
+        e = tl.exp2(z - tl.max(z, 1)[:, None])
+        w = tl.load(weight + row * several, mask=live, other=0.0) / tl.sum(e, 1)
+        sums += tl.sum(e * w[:, None], 0)
+    tl.store(parts + tl.program_id(0) * k + column, sums, mask=inside)
+
+
+def column_sums(s: Tensor, a: float, g: Tensor, weight: Tensor) -> Tensor:
+    """Sum over rows of weight * softmax of (a * s + g) * log 2: (K,) float64.
+
+    s is (n, K) of any float type, g (K,) and weight (n,) or (1,) float32.
+    """
+    n, k = s.shape
+    s = s if s.stride(1) == 1 else s.contiguous()
+    columns = triton.next_power_of_2(k)
+    rows = max(1, _TILE // columns)
+    programs = min(triton.cdiv(n, rows), _PER_PROCESSOR * _processors(s.device))
+    parts = torch.empty(programs, k, device=s.device, dtype=torch.float32)
+    several, warps = int(len(weight) > 1), 8 if columns >= 4096 else 4
+    sizes = (n, k, s.stride(0), a, several, columns, rows)
+    _column_sums[(programs,)](s, g, weight, parts, *sizes, num_warps=warps)
+    return parts.double().sum(0)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":  # triton's interpreter, in the tests
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class FusedReads:
+    """The read that every iteration makes; what is read once or twice is left to torch."""
+
+    def __init__(self, n_heads: int):
+        del n_heads  # nothing is kept from one read to the next
+
+    def scan(self, tile: Tensor, head: int) -> None:
+        """Left to torch."""
+
+    def column_sums(self, tile: Tensor, rows: slice, ask: Any, weight: Tensor) -> Tensor:
+        """Sum over the rows of weight * softmax: (K,) float64."""
+        a, g = ask.powers()
+        return column_sums(tile, a, g.to(tile.device), weight)
+
+    def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
+        """Left to torch."""
+        return False

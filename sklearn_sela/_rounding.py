@@ -1,0 +1,128 @@
+"""From the solution of the transport to labels: ties, collapse, and exact sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sklearn_sela._kernels import Ask, Reader
+
+_GOLDEN = 0.6180339887498949  # its multiples modulo 1 fill [0, 1) evenly
+
+
+def read_labels(reader: Reader, asks: list[Ask], limit: float | None) -> list[Tensor]:
+    """The largest entry of each row of each head's solution, ties split in proportion.
+
+    ``limit`` is the largest share that a cluster may get, None if that is only a wish.
+    """
+    out = []
+    for ask, labels in zip(asks, reader.largest(asks), strict=True):
+        if (labels < 0).any():
+            _split_ties(reader, ask, labels)
+        live = torch.nonzero(reader.r > 0).flatten()
+        if limit is not None and len(live) * (1 - limit) > 1 - 1e-9:  # owed to other clusters
+            top = int(labels[live[0]])
+            if (labels[live] == top).all():
+                _split_collapse(reader, ask, labels, live, top)
+        out.append(labels)
+    return out
+
+
+def _split_ties(reader: Reader, ask: Ask, labels: Tensor) -> None:
+    """Rows with several largest entries draw among them by a low-discrepancy sequence.
+
+    Any group of like rows is so divided in proportion to its solution.
+    """
+    turn = 0
+    for part, q in reader.solution(ask):
+        rows = torch.nonzero(labels[part] < 0).flatten()
+        if not len(rows):
+            continue
+        q = q[rows]
+        near = q * (q >= q.amax(1, keepdim=True) * (1 - 1e-6))
+        order = torch.arange(turn, turn + len(rows), device=q.device, dtype=torch.float64)
+        labels[rows + part.start] = _draw(near, (0.5 + order * _GOLDEN) % 1.0)
+        turn += len(rows)
+
+
+def _split_collapse(reader: Reader, ask: Ask, labels: Tensor, live: Tensor, top: int) -> None:
+    """Every row prefers one cluster by a hair (all rows alike, say): no label would inform.
+
+    So the proportions of the solution decide. The surest rows stay; the least sure of them
+    leaves, as its share of top is at most the cluster's.
+    """
+    sure = torch.cat([q[:, top] for _, q in reader.solution(ask)])[live]
+    u = torch.zeros_like(reader.r)
+    ranks = (torch.arange(len(live), device=u.device).to(u) + 0.5) / len(live)
+    u[live[sure.argsort(descending=True)]] = ranks
+    for rows, q in reader.solution(ask):
+        drawn = (_draw(q.roll(-top, 1), u[rows]) + top) % q.shape[1]
+        labels[rows] = torch.where(reader.r[rows] > 0, drawn, labels[rows])
+
+
+def _draw(q: Tensor, u: Tensor) -> Tensor:
+    """The entry of each row of q (proportions) in which the fraction u of the row falls."""
+    cumulative = q.double().cumsum(1)
+    return torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
+
+
+def size_limits(shares: Tensor, n: int) -> Tensor:
+    """Rows that each cluster may get: n * shares, rounded down where n rows still fit.
+
+    Else as many as are missing are rounded up, those with the largest remainders first.
+    """
+    ideal = shares * n
+    limits = (ideal * (1 + 1e-12)).floor().long()  # whole numbers, for all their rounding
+    short = n - int(limits.sum())
+    if short > 0:
+        limits[(ideal - limits).argsort(descending=True, stable=True)[:short]] += 1
+    return limits
+
+
+def round_labels(reader: Reader, ask: Ask, labels: Tensor, limits: Tensor) -> float:
+    """Move rows, in place, out of clusters over their limits; returns the mean cost of a row.
+
+    The cost of a move is what the row loses in ``s + v``, its score at the prices v. Each round
+    ranks the rows of overfull clusters by what their best move into a cluster with room would
+    cost, and makes the cheapest moves for which there is need and room. One read a round; a
+    round fills a cluster or is the last.
+    """
+    k, cost = len(limits), 0.0
+    limits = limits.to(labels.device)
+    while True:
+        room = limits - labels.bincount(minlength=k)
+        if (room >= 0).all():
+            return cost / len(labels)
+        need = (-room).clamp_min(0)
+        rows, to, loss = _best_moves(reader, ask, labels, room)
+        origin = labels[rows]
+        ranked = loss.argsort(stable=True)
+        ranked = ranked[_rank_in_group(origin[ranked]) < need[origin[ranked]]]
+        chosen = ranked[_rank_in_group(to[ranked]) < room[to[ranked]]]
+        labels[rows[chosen]] = to[chosen]
+        cost += float(loss[chosen].double().sum())
+
+
+def _best_moves(
+    reader: Reader, ask: Ask, labels: Tensor, room: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, cluster with room that costs it least, the cost), for rows of overfull clusters."""
+    found = []
+    for part, z in reader.exponents(ask):
+        rows = torch.nonzero(room[labels[part]] < 0).flatten()
+        z = z[rows]
+        best, to = z.masked_fill(room <= 0, -torch.inf).max(1)
+        own = z.gather(1, labels[rows + part.start, None])[:, 0]
+        found.append((rows + part.start, to, (own - best) * ask.reg))
+    rows, to, loss = (torch.cat(columns) for columns in zip(*found, strict=True))
+    return rows, to, loss
+
+
+def _rank_in_group(group: Tensor) -> Tensor:
+    """How many earlier entries are of the same group, for each entry."""
+    order = group.argsort(stable=True)
+    counts = group.bincount()
+    first = (counts.cumsum(0) - counts)[group[order]]
+    rank = torch.empty_like(group)
+    rank[order] = torch.arange(len(group), device=group.device) - first
+    return rank

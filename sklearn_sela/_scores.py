@@ -1,0 +1,146 @@
+"""Where scores come from: a matrix, a file or blocks larger than memory, features times heads."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 22  # entries in memory at a time, of what is not held whole
+
+
+class Scores:
+    """Rows of scores for one head or several, in blocks; read as often as needed.
+
+    Parameters
+    ----------
+    source : array-like, tensor, memmap or callable
+        Scores of shape (n, K), or features of shape (n, D) when a head is given. A callable
+        returns an iterator over blocks of rows, the same ones each time.
+    head : (weight, bias), default=None
+        Linear heads, weight (K, D) or (T, K, D) and bias (K,), (T, K) or None: the scores are
+        ``features @ weight.T + bias``, a block at a time.
+    """
+
+    def __init__(self, source: Any, head: tuple[Any, Any] | None = None):
+        self.source, self.n = _readable(source), 0  # rows: known once read
+        self.of_tensors = isinstance(
+            next(iter(source()), None) if callable(source) else source, Tensor
+        )
+        if not callable(self.source):
+            self.n = len(self.source) if self.source.ndim else 0
+            if self.source.ndim != 2 or 0 in self.source.shape:
+                what = "scores" if head is None else "features"
+                shape = tuple(self.source.shape)
+                raise ValueError(f"{what} must be a non-empty (n, K) matrix, got shape {shape}.")
+        first = next(self._rows(), None)
+        if first is None:
+            raise ValueError("scores must yield at least one block of rows.")
+        self.device, self.dtype, self.width = first.device, first.dtype, first.shape[1]
+        self.heads: tuple[Tensor, Tensor] | None = None
+        self.n_heads, self.k, self.several = 1, self.width, False
+        if head is not None:
+            self.heads, self.several = self._linear(*head)
+            self.n_heads, self.k = self.heads[0].shape[:2]
+            self.dtype = self.heads[0].dtype
+
+    def whole(self) -> bool:
+        """Whether the scores are one matrix in memory."""
+        return self.heads is None and isinstance(self.source, Tensor)
+
+    def blocks(self, heads: list[int]) -> Iterator[tuple[slice, list[Tensor]]]:
+        """(rows, scores of shape (rows, K) for each of the heads), over all rows."""
+        start = 0
+        for block in self._rows():
+            if block.ndim != 2 or block.shape[1] != self.width:
+                raise ValueError(
+                    f"blocks must be (rows, {self.width}) like the first, got {tuple(block.shape)}."
+                )
+            step = len(block)
+            if self.heads is not None:
+                step = max(1, _BLOCK // max(self.k, self.width))
+            for part in block.split(step):
+                rows = slice(start, start + len(part))
+                start = rows.stop
+                yield rows, [self._tile(part, head) for head in heads]
+        if self.n not in (0, start):
+            raise ValueError(f"the blocks hold {start} rows, but held {self.n} when first read.")
+        self.n = start
+
+    def _tile(self, rows: Tensor, head: int) -> Tensor:
+        if self.heads is None:
+            return rows
+        weight, bias = (parameter[head] for parameter in self.heads)
+        return torch.addmm(bias, rows.to(weight.dtype), weight.T)
+
+    def _rows(self) -> Iterator[Tensor]:
+        """The source's own rows as tensors: all at once where they are in memory."""
+        if isinstance(self.source, Tensor):
+            yield self.source
+        elif callable(self.source):
+            for block in self.source():
+                rows = _readable(block)
+                yield rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
+        else:
+            # A copy of a block at a time: of pages that can be dropped, in a layout torch takes.
+            step = max(1, _BLOCK // self.source.shape[1])
+            for start in range(0, len(self.source), step):
+                yield torch.from_numpy(np.array(self.source[start : start + step], order="C"))
+                _drop_pages(self.source)
+
+    def _linear(self, weight: Any, bias: Any) -> tuple[tuple[Tensor, Tensor], bool]:
+        w = torch.as_tensor(weight).detach().to(self.device)
+        if w.ndim not in (2, 3) or w.shape[-1] != self.width or 0 in w.shape:
+            raise ValueError(
+                f"head's weight must be (K, {self.width}) or (heads, K, {self.width}) for "
+                f"features of shape (n, {self.width}), got {tuple(w.shape)}."
+            )
+        w = w if w.is_floating_point() and w.dtype.itemsize >= 4 else w.float()
+        b = w.new_zeros(w.shape[:-1]) if bias is None else torch.as_tensor(bias).detach().to(w)
+        if b.shape != w.shape[:-1]:
+            raise ValueError(
+                f"head's bias must have shape {tuple(w.shape[:-1])}, got {tuple(b.shape)}."
+            )
+        if not (w.isfinite().all() and b.isfinite().all()):
+            raise ValueError("head's weight and bias must be finite.")
+        several = w.ndim == 3
+        return ((w, b) if several else (w[None], b[None])), several
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32 within: TF32 would stall the solver far from its tolerance."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _readable(source: Any) -> Tensor | np.ndarray | Callable[[], Iterator[Any]]:
+    """A tensor that shares memory where torch allows, else an array to be copied by blocks."""
+    if isinstance(source, Tensor):
+        return source.detach()
+    if callable(source):
+        return source
+    array = source if isinstance(source, np.ndarray) else np.asarray(source)
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8 or not array.dtype.isnative:
+        array = array.astype(np.float64)  # of what torch does not know, or an error
+    mapped = isinstance(array, np.memmap)
+    if mapped or not array.flags.writeable or any(step < 0 for step in array.strides):
+        return array
+    return torch.from_numpy(array)
+
+
+def _drop_pages(array: np.ndarray) -> None:
+    """Give back the pages of a file that have been read: the whole of it need not fit."""
+    pages = getattr(array, "_mmap", None)
+    shared = getattr(array, "mode", "c") in ("r", "r+", "w+")  # private pages hold changes
+    if pages is not None and shared and hasattr(pages, "madvise"):
+        pages.madvise(mmap.MADV_DONTNEED)
