@@ -20,6 +20,7 @@ from sklearn_sela._marginals import Exact
 _MEMORY = 5  # earlier iterates that an accelerated step combines
 _RIDGE = 1e-5  # of the combination, relative to the residual
 _PATIENCE = 8  # reads between two looks at how fast the error falls
+_DAMPING = 1e-10  # least of a Newton step, below which its system may be singular
 _NEWTON_STEPS = 4  # that finish a solve, about
 _NEWTON_MAX = 1024  # clusters; beyond, its K x K systems cost more than they save
 _SCALING = 4.0  # factor between two levels of entropic regularisation
@@ -113,7 +114,7 @@ def _descend(start: Ask, marginal: Exact, used: Tensor, tol: float, max_iter: in
             if math.log(best / tol) > rate * _NEWTON_STEPS * (2 + len(v) / 32):
                 here = start._replace(v=best_v)
                 v, extra, error = yield from _newton(here, marginal, used, tol, max_iter - n)
-                return v, n + extra, error
+                return (v, n + extra, error) if error < best else (best_v, n + extra, best)
             checked = best
         if error <= trusted or plain:
             trusted = error
@@ -162,9 +163,9 @@ def _newton(start: Ask, marginal: Exact, used: Tensor, tol: float, max_iter: int
         t = marginal.target(v, m)
         return _Point(v, m, t, float((m - t).abs().sum()), value, sums.gram[used][:, used])
 
-    here = yield from at(start.v)
+    here = best = yield from at(start.v)
     mu, n = 1e-4, 1
-    while here.error > tol and n < max_iter:
+    while best.error > tol and n < max_iter:
         step = _newton_step(here, marginal, start.reg, mu)
         there = yield from at(marginal.clip(here.v + step))
         n += 1
@@ -172,10 +173,11 @@ def _newton(start: Ask, marginal: Exact, used: Tensor, tol: float, max_iter: int
         # half the error (any smaller error would let rounding walk in circles).
         falls = float((there.m - there.t) @ step) < 0
         if there.value < here.value or falls or there.error < 0.5 * here.error:
-            here, mu = there, mu / 10
+            here, mu = there, max(mu / 10, _DAMPING)
         else:
             mu *= 10
-    return here.v, n, here.error
+        best = min(best, there, key=lambda point: point.error)
+    return best.v, n, best.error
 
 
 def _newton_step(p: _Point, marginal: Exact, reg: float, mu: float) -> Tensor:

@@ -24,6 +24,7 @@ ROWS = 512  # of a block, whose column sums are added up in float32
 _TOGETHER = 1 << 18  # entries, from which on threads are worth starting
 _DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
 _F = np.float32
+_LOW, _HIGH = _F(-3e38), _F(3e38)
 _LEAST = _F(-126)  # exponents of two below have no normal float32
 _COMPILE: dict[str, Any] = {
     "fastmath": True,  # sums in any order, or nothing would be vectorised; scores are finite
@@ -95,10 +96,10 @@ def scan(s, top, first, step):  # type: ignore[no-untyped-def]
     """Largest entry of each row into top; returns (lowest, highest, widest row, not finite)."""
     n, k = s.shape
     found = np.zeros(4, np.float32)
-    found[0], found[1] = _F(3e38), _F(-3e38)
+    found[0], found[1] = _HIGH, _LOW
     for start in range(first * ROWS, n, step * ROWS):
         for i in range(start, min(start + ROWS, n)):
-            high, low, bad = _F(-3e38), _F(3e38), _F(0)
+            high, low, bad = _LOW, _HIGH, _F(0)
             for j in range(k):
                 x = _F(s[i, j])
                 high, low = _max(high, x), _min(low, x)
@@ -116,42 +117,35 @@ def column_sums(s, a, g, weight, base, refresh, parts, first, step):  # type: ig
     """Into parts, by block: sum over rows of weight * softmax of (a * s + g) * log 2.
 
     ``base`` holds what is taken off the exponents of each row so that they do not overflow:
-    about their maximum, which ``refresh`` finds anew. Four rows at a time share the reads of
+    about their maximum, which ``refresh`` finds anew. Two rows at a time share the reads of
     g and of the sums.
     """
     n, k = s.shape
-    e = np.empty((4, k), np.float32)
+    e, e_next = np.empty(k, np.float32), np.empty(k, np.float32)
     sums = np.empty(k, np.float32)
-    w = np.empty(4, np.float32)
     several = len(weight) > 1
     for block in range(first, len(parts), step):
         stop = min((block + 1) * ROWS, n)
         sums[:] = _F(0)
-        for i0 in range(block * ROWS, stop, 4):
-            # Beyond the last row it is repeated, weightless.
-            i1, i2, i3 = min(i0 + 1, stop - 1), min(i0 + 2, stop - 1), min(i0 + 3, stop - 1)
+        for i in range(block * ROWS, stop, 2):
+            after = min(i + 1, stop - 1)  # beyond the last row it is repeated, weightless
             if refresh:
-                h0, h1, h2, h3 = _F(-3e38), _F(-3e38), _F(-3e38), _F(-3e38)
+                high, high_next = _LOW, _LOW
                 for j in range(k):
-                    h0 = _max(h0, _F(s[i0, j]) * a + g[j])
-                    h1 = _max(h1, _F(s[i1, j]) * a + g[j])
-                    h2 = _max(h2, _F(s[i2, j]) * a + g[j])
-                    h3 = _max(h3, _F(s[i3, j]) * a + g[j])
-                base[i0], base[i1], base[i2], base[i3] = h0, h1, h2, h3
-            b0, b1, b2, b3 = base[i0], base[i1], base[i2], base[i3]
-            t0, t1, t2, t3 = _F(0), _F(0), _F(0), _F(0)
+                    high = _max(high, _F(s[i, j]) * a + g[j])
+                    high_next = _max(high_next, _F(s[after, j]) * a + g[j])
+                base[i], base[after] = high, high_next
+            total, total_next = _F(0), _F(0)
+            off, off_next = base[i], base[after]
             for j in range(k):
-                e0 = _exp2(_F(s[i0, j]) * a + (g[j] - b0))
-                e1 = _exp2(_F(s[i1, j]) * a + (g[j] - b1))
-                e2 = _exp2(_F(s[i2, j]) * a + (g[j] - b2))
-                e3 = _exp2(_F(s[i3, j]) * a + (g[j] - b3))
-                t0, t1, t2, t3 = t0 + e0, t1 + e1, t2 + e2, t3 + e3
-                e[0, j], e[1, j], e[2, j], e[3, j] = e0, e1, e2, e3
-            for r in range(4):
-                w[r] = weight[min(i0 + r, n - 1) * several] if i0 + r < stop else _F(0)
-            w0, w1, w2, w3 = w[0] / t0, w[1] / t1, w[2] / t2, w[3] / t3
+                x = _exp2(_F(s[i, j]) * a + (g[j] - off))
+                x_next = _exp2(_F(s[after, j]) * a + (g[j] - off_next))
+                e[j], e_next[j] = x, x_next
+                total, total_next = total + x, total_next + x_next
+            w = weight[i * several] / total
+            w_next = weight[after * several] / total_next if after > i else _F(0)
             for j in range(k):
-                sums[j] += w0 * e[0, j] + w1 * e[1, j] + w2 * e[2, j] + w3 * e[3, j]
+                sums[j] += w * e[j] + w_next * e_next[j]
         for j in range(k):
             parts[block, j] = sums[j]
 
@@ -166,16 +160,16 @@ def labels(s, a, g, index, out, tie, first, step):  # type: ignore[no-untyped-de
     z = np.empty(k, np.float32)
     for start in range(first * ROWS, n, step * ROWS):
         for i in range(start, min(start + ROWS, n)):
-            high = _F(-3e38)
+            high = _LOW
             for j in range(k):
                 x = _F(s[i, j]) * a + g[j]
                 z[j] = x
                 high = _max(high, x)
             least = high - tie
-            best, close = _F(3e38), _F(0)
+            best, close = _HIGH, _F(0)
             for j in range(k):
                 near = z[j] >= least
-                best = _min(best, index[j] if near else _F(3e38))
+                best = _min(best, index[j] if near else _HIGH)
                 close += _F(1) if near else _F(0)
             out[i] = -1 - np.int64(best) if close > _F(1) else np.int64(best)
 

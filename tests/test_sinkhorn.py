@@ -14,6 +14,7 @@ from scipy.optimize import linprog
 from scipy.special import logsumexp, softmax
 from sklearn.exceptions import ConvergenceWarning
 
+from problems import oracle_plan
 from sklearn_sela import sinkhorn_labels
 
 SETTINGS = settings(
@@ -488,6 +489,151 @@ def test_relaxed_solution_agrees_with_damped_textbook_scaling():
         scores, reg=reg, reg_m=reg_m, cluster_weights=c, tol=1e-9, return_assignment=True
     )
     assert np.allclose(result.assignment, plan, atol=1e-7)
+
+
+# --- upper bounds on sizes -------------------------------------------------------------------
+
+
+@SETTINGS
+@given(problems(scales=(1e-2, 1.0, 10.0, 1e3)), st.floats(1.0, 4.0))
+def test_bounded_shares_satisfy_first_order_optimality(problem, room):
+    scores, options = problem
+    n, k = scores.shape
+    options.pop("cluster_weights")
+    limit = min(1.0, room / k)
+    result = sinkhorn_labels(scores, max_share=limit, return_assignment=True, **options)
+    m = shares(result, normalised(options["sample_weight"], n))
+    v = np.asarray(result.potential)
+    assert result.converged
+    slack = 2 * options["tol"] + 2e-6
+    assert (m - limit).clip(0).sum() <= slack  # feasible
+    assert (v <= 0).all()
+    assert np.abs(m - limit)[v < 0].sum() <= slack  # a price only where the bound binds
+
+
+def test_bounds_that_do_not_bind_are_the_plain_softmax():
+    scores = np.random.default_rng(6).normal(size=(40, 4))
+    result = sinkhorn_labels(scores, reg=0.5, max_share=1.0, return_assignment=True)
+    assert np.allclose(result.assignment, softmax(scores / 0.5, axis=1))
+    assert (result.potential == 0).all()
+
+
+def test_bounds_without_room_are_the_sizes():
+    scores = np.random.default_rng(6).normal(size=(40, 4))
+    bounds = np.array([0.4, 0.3, 0.2, 0.1])
+    bounded = sinkhorn_labels(scores, max_share=bounds, tol=1e-8)
+    exact = sinkhorn_labels(scores, cluster_weights=bounds, tol=1e-8)
+    assert np.allclose(bounded.potential, exact.potential, atol=1e-6)
+    nearly = sinkhorn_labels(scores, max_share=bounds * 1.0001, tol=1e-8)
+    assert np.allclose(nearly.potential, exact.potential, atol=1e-2)
+
+
+def test_bounded_value_is_that_of_the_linear_program():
+    rng = np.random.default_rng(11)
+    scores = rng.normal(size=(30, 5)) + 2 * np.eye(5)[0]
+    limit, n, k = 0.3, 30, 5
+    rows = np.kron(np.eye(n), np.ones(k))
+    columns = np.tile(np.eye(k), n)
+    best = linprog(
+        -scores.ravel(), A_eq=rows, b_eq=np.full(n, 1 / n), A_ub=columns, b_ub=np.full(k, limit)
+    )
+    result = sinkhorn_labels(
+        scores, max_share=limit, reg=0.001, tol=1e-7, max_iter=5000, return_assignment=True
+    )
+    value = (result.assignment * scores).sum() / n
+    assert value == pytest.approx(-best.fun, abs=0.001 * math.log(k) + 1e-6)
+
+
+@pytest.mark.parametrize("bound", [0.2, [0.5, 0.4], [-0.1, 2], [np.nan, 1], [np.inf, 1]])
+def test_bounds_that_leave_no_solution_raise(bound):
+    with pytest.raises(ValueError, match=r"max_share=.* add up to 1 or more over the 2 clusters"):
+        sinkhorn_labels(np.zeros((4, 2)), max_share=bound)
+
+
+@pytest.mark.parametrize("options", [{"cluster_weights": [1, 1]}, {"reg_m": 1.0}])
+def test_bounds_are_for_free_sizes(options):
+    with pytest.raises(ValueError, match="leave out cluster_weights and reg_m"):
+        sinkhorn_labels(np.zeros((4, 2)), max_share=0.5, **options)
+
+
+# --- acceleration ----------------------------------------------------------------------------
+
+
+def plain_reads(scores, reg, c, most=1000, tol=1e-3):
+    """Reads that plain Sinkhorn takes, or most."""
+    v = np.zeros(scores.shape[1])
+    for reads in range(1, most):
+        m = np.maximum(softmax((scores + v) / reg, axis=1).mean(0), np.finfo(np.float32).tiny)
+        if np.abs(m - c).sum() <= tol:
+            return reads
+        v += reg * np.log(c / m)
+    return most
+
+
+def test_acceleration_never_ends_worse_than_plain_sinkhorn():
+    rng, ours, theirs = np.random.default_rng(0), [], []
+    for trial in range(120):
+        n, k, scale = rng.integers(2, 300), rng.integers(2, 12), 10 ** rng.uniform(-2, 2.5)
+        scores = scale * rng.normal(size=(n, k))
+        if trial % 3 == 0:
+            scores[:, 0] += scale * rng.uniform(0, 5)
+        c = rng.dirichlet(np.full(k, 3.0)) if trial % 2 else np.full(k, 1 / k)
+        reg = [0.01, 0.04, 0.3, 2.0][trial % 4]
+        result = sinkhorn_labels(scores, reg=reg, cluster_weights=c)
+        assert result.converged
+        ours.append(result.n_iter)
+        theirs.append(plain_reads(scores, reg, c))
+    ours, theirs = np.array(ours), np.array(theirs)
+    assert (ours <= theirs + 8).all()  # a read for each level of a sharp problem
+    assert np.median(ours) < np.median(theirs) / 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_iter", [1, 2, 5, 17])
+def test_max_iter_bounds_the_reads_of_any_problem(kind, max_iter):
+    scores = adversarial(kind, 30, 4, np.random.default_rng(0))
+    for options in ({}, {"reg_m": 0.5}, {"max_share": 0.3}, {"potential": np.zeros(4)}):
+        result = sinkhorn_labels(scores, max_iter=max_iter, warn=False, **options)
+        assert 1 <= result.n_iter <= max_iter
+        assert np.isfinite(result.marginal_error)
+
+
+def test_singular_newton_systems_are_damped():
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # few rows, far apart: most moves of the potential change nothing
+        n, k, scale = rng.integers(2, 20), rng.integers(2, 12), 10 ** rng.uniform(0, 3)
+        scores = scale * rng.normal(size=(n, k))
+        result = sinkhorn_labels(scores, tol=1e-9, potential=np.zeros(k), max_iter=60, warn=False)
+        assert np.isfinite(result.marginal_error)
+
+
+# --- real scores -----------------------------------------------------------------------------
+
+
+def test_labels_of_a_real_fit_are_those_of_the_oracle(monkeypatch):
+    from sklearn.datasets import load_digits
+
+    from sklearn_sela import SelfLabelClusterer
+    from sklearn_sela._training import SelfLabels
+
+    given_to_solver, solve = [], SelfLabels.solve
+
+    def record(self):
+        given_to_solver.append(self.scores[0].numpy().copy())
+        solve(self)
+
+    monkeypatch.setattr(SelfLabels, "solve", record)
+    SelfLabelClusterer(10, random_state=0).fit(load_digits().images)
+    last = len(given_to_solver) - 1
+    for at in (0, last // 4, last // 2, last // 2 + 1, 3 * last // 4, last):  # of both rounds
+        scores = given_to_solver[at]
+        for reg in (0.2, 0.04):
+            plan = oracle_plan(scores, reg)
+            ranked = np.sort(plan, axis=1)
+            clear = ranked[:, -1] - ranked[:, -2] > 0.01
+            labels = sinkhorn_labels(scores, reg=reg).labels
+            assert clear.mean() > 0.8
+            assert (labels == plan.argmax(1))[clear].mean() >= 0.999
 
 
 # --- closed forms and symmetries -------------------------------------------------------------

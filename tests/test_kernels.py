@@ -1,0 +1,217 @@
+"""The fused reads against the plain ones: sums, labels, and when not to use them."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+
+from problems import network_scores
+from sklearn_sela import sinkhorn_labels
+from sklearn_sela._kernels import Ask, Reader
+from sklearn_sela._scores import Scores
+
+REG = 0.04
+
+
+def shares(scores, v, reg=REG, weights=None):
+    q = softmax((np.asarray(scores, dtype=np.float64) + v) / reg, axis=1)
+    return np.average(q, axis=0, weights=weights)
+
+
+def potential(k, spread=0.3, seed=0):
+    return spread * np.random.default_rng(seed).normal(size=k)
+
+
+def read_shares(reader, v, reg=REG):
+    return reader.sums([Ask(0, torch.from_numpy(v), reg)])[0].m.numpy()
+
+
+@pytest.fixture
+def fused():
+    return pytest.importorskip("sklearn_sela._kernels_numba")
+
+
+@pytest.fixture
+def without_fused(monkeypatch):
+    for name in ("numba", "triton"):
+        monkeypatch.setitem(sys.modules, f"sklearn_sela._kernels_{name}", None)
+
+
+@pytest.mark.parametrize(
+    ("n", "k"), [(262144, 1), (131073, 2), (20001, 17), (4099, 64), (513, 513), (263, 1000)]
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fused_column_sums_are_those_of_the_softmax(fused, n, k, dtype, weighted):
+    scores = network_scores(n, k).astype(dtype)
+    weights = np.random.default_rng(1).uniform(0, 2, n) if weighted else None
+    reader = Reader(Scores(scores), weights, REG, 1e-3)
+    assert isinstance(reader._fused, fused.FusedReads)
+    v = potential(k)
+    assert np.abs(read_shares(reader, v) - shares(scores, v, weights=weights)).sum() < 2e-6
+
+
+def test_fused_sums_stay_right_however_far_the_potential_moves(fused):
+    scores = network_scores(3000, 100)
+    reader = Reader(Scores(scores), None, REG, 1e-3)
+    for spread in (0.0, 0.1, 30.0, 0.5, 300.0):  # exponents of up to 10,000
+        v = potential(100, spread)
+        assert np.abs(read_shares(reader, v) - shares(scores, v)).sum() < 2e-5
+    v = potential(100)
+    for reg in (0.04, 4.0, 0.01):
+        assert np.abs(read_shares(reader, v, reg) - shares(scores, v, reg)).sum() < 2e-5
+
+
+def test_fused_reads_know_clusters_that_get_nothing(fused):
+    scores = network_scores(3000, 100)
+    v = potential(100)
+    v[[0, 7]] = -np.inf
+    found = read_shares(Reader(Scores(scores), None, REG, 1e-3), v)
+    assert np.abs(found - shares(scores, v)).sum() < 2e-6
+    assert found[[0, 7]].max() < 1e-15
+
+
+def test_fused_reads_take_columns_and_strides_of_a_larger_array(fused):
+    wide = network_scores(3000, 220)
+    for scores in (wide[:, ::2], wide[::-1][::-1][:, :110], np.asfortranarray(wide)):
+        plain = np.ascontiguousarray(scores)
+        assert (sinkhorn_labels(scores).labels == sinkhorn_labels(plain).labels).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_single_entry_that_is_not_finite_is_found_in_a_large_matrix(fused, bad):
+    scores = network_scores(3000, 100)
+    scores[2999, 99] = bad
+    with pytest.raises(ValueError, match="NaN or \\+inf"):
+        sinkhorn_labels(scores)
+
+
+def test_minus_infinity_in_a_large_matrix_is_a_label_of_last_resort(fused):
+    scores = network_scores(3000, 100)
+    scores[5, :50] = -np.inf
+    result = sinkhorn_labels(scores)
+    assert result.converged
+    assert result.labels[5] >= 50
+
+
+@pytest.mark.parametrize("options", [{}, {"reg_m": 0.3}, {"max_share": 0.012}])
+def test_fused_and_plain_reads_give_the_same_labels(fused, options, request):
+    scores = network_scores(6000, 100)
+    with_fused = sinkhorn_labels(scores, tol=1e-5, return_assignment=True, **options)
+    request.getfixturevalue("without_fused")
+    plain = sinkhorn_labels(scores, tol=1e-5, return_assignment=True, **options)
+    ranked = np.sort(plain.assignment, axis=1)
+    clear = ranked[:, -1] - ranked[:, -2] > 1e-3
+    assert (with_fused.labels == plain.labels)[clear].all()
+    assert np.abs(with_fused.assignment - plain.assignment).max() < 2e-3
+    assert abs(with_fused.n_iter - plain.n_iter) <= 2
+
+
+def test_scores_too_sharp_for_float32_are_read_in_float64(fused):
+    scores = 1e6 * network_scores(3000, 100)
+    reader = Reader(Scores(scores), None, REG, 1e-3)
+    assert reader._fused is None
+    assert reader.dtype == torch.float64
+
+
+def test_ties_in_a_large_matrix_are_split_in_proportion(fused):
+    scores = np.zeros((50_000, 8), dtype=np.float32)
+    scores[30_000:, 4:] = -1e3  # 20,000 rows that only the first four clusters suit
+    counts = np.bincount(sinkhorn_labels(scores).labels, minlength=8)
+    # The others give each cluster 6,250 by shares of 1/24 and 5/24, of which the largest win.
+    assert np.abs(counts - np.repeat([5000, 7500], 4)).max() <= 2
+
+
+def test_results_do_not_depend_on_the_number_of_threads(fused):
+    scores = network_scores(6000, 100)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(sinkhorn_labels(scores))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert (other.labels == results[0].labels).all()
+        assert (other.potential == results[0].potential).all()
+
+
+def test_solving_takes_no_copy_of_the_scores(fused):
+    if not os.path.exists("/proc/self/clear_refs"):
+        pytest.skip("peak memory is read from /proc")
+    code = """
+import torch
+from pathlib import Path
+from sklearn_sela import sinkhorn_labels
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+torch.manual_seed(0)
+sinkhorn_labels(torch.randn(6000, 64))  # compiled
+scores = torch.randn(400_000, 100)
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+assert sinkhorn_labels(scores).converged
+print((resident("VmHWM") - before) / scores.nbytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.3
+
+
+TRITON = """
+import math, torch
+from sklearn_sela import _kernels, _kernels_triton
+from sklearn_sela._kernels import Ask, Reader
+from sklearn_sela._scores import Scores
+
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for n, k in [(1, 1), (5, 3), (900, 10), (70, 128), (9, 3000)]:
+        scores, v = (3 * torch.randn(n, k)).to(dtype), torch.randn(k)
+        q = ((scores.double() + v) / 0.04).softmax(1)
+        for weight in (torch.ones(1), torch.rand(n)):
+            scale = math.log2(math.e) / 0.04
+            sums = _kernels_triton.column_sums(scores, scale, scale * v, weight)
+            expected = (weight.double().expand(n)[:, None] * q).sum(0)
+            assert (sums - expected).abs().max() <= 1e-5 * expected.sum(), (dtype, n, k)
+wide = torch.randn(20, 64)
+assert torch.allclose(
+    _kernels_triton.column_sums(wide.T, 1.0, torch.zeros(20), torch.ones(1)),
+    _kernels_triton.column_sums(wide.T.contiguous(), 1.0, torch.zeros(20), torch.ones(1)),
+)
+_kernels._fused_reads = lambda scores: _kernels_triton.FusedReads(scores.n_heads)
+scores = torch.randn(300, 6)
+reader = Reader(Scores(scores), None, 0.04, 1e-3)
+m = reader.sums([Ask(0, torch.zeros(6).double(), 0.04)])[0].m
+assert torch.allclose(m, (scores.double() / 0.04).softmax(1).mean(0), atol=1e-6)
+print("agree")
+"""
+
+
+def test_the_gpu_kernel_agrees_with_the_softmax():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON],
+        env={**os.environ, "TRITON_INTERPRET": "1"},  # runs it without a GPU
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "agree" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_and_cpu_give_the_same_labels(dtype):
+    scores = torch.from_numpy(network_scores(20_000, 100)).to(dtype)
+    cpu, gpu = sinkhorn_labels(scores.float()), sinkhorn_labels(scores.cuda())
+    assert gpu.converged
+    assert (gpu.labels.cpu() == cpu.labels).double().mean() > 0.995
+    assert torch.allclose(gpu.potential.cpu(), cpu.potential, atol=5e-3)
