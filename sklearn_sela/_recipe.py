@@ -112,7 +112,7 @@ def fit_network(
     state, done = train("clusters", labels, weights, pull, schedule)
     best_head = 0
     try:
-        best_head = int(view_information(network, views, len(rows), recipe.schedule).argmax())
+        best_head = int(view_agreement(network, views, len(rows), recipe.schedule).argmax())
     except KeyboardInterrupt:  # the training stands; only the choice of the head is lost
         done = False
     return Fitted(
@@ -225,10 +225,15 @@ def sizes_are_equal(counts: np.ndarray) -> bool:
     return bool(ncx2.cdf(statistic, k - 1, n * _EQUAL**2) < _SURE)
 
 
-def view_information(
+def view_agreement(
     network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int, schedule: Schedule
 ) -> Tensor:
-    """(n_heads,) mutual information, in nats, between the labels of two views of a row."""
+    """(n_heads,) agreement between the labels of two views of a row, beyond chance.
+
+    Cohen's kappa of the soft labels: 1 for views that always agree, 0 for independent ones.
+    Mutual information would favour equal sizes, at any price: a head that cuts a large
+    cluster in pieces over one that finds it.
+    """
     once = replace(schedule, n_views=1)
     one, two = (label_pass(network, views, n, once) for _ in range(2))
     batches = [
@@ -236,8 +241,9 @@ def view_information(
         for (_, a), (_, b) in zip(one, two, strict=True)
     ]
     joint = torch.stack(batches).sum(0) / n
-    independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
-    return torch.special.xlogy(joint, joint / independent.clamp_min(1e-300)).sum((1, 2))
+    observed = joint.diagonal(dim1=1, dim2=2).sum(1)
+    chance = (joint.sum(1) * joint.sum(2)).sum(1)
+    return (observed - chance) / (1 - chance).clamp_min(1e-12)  # one cluster: 0
 
 
 def _k_means(points: np.ndarray, k: int, seed: int, n_init: int) -> KMeans:
