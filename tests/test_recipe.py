@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import make_blobs
-from sklearn.metrics import cohen_kappa_score
 from torch import nn
 from torch.nn import functional as F
 
 from sklearn_sela import SelfLabelClusterer
 from sklearn_sela._network import SelfLabelNetwork
-from sklearn_sela._recipe import view_agreement
+from sklearn_sela._recipe import choose_head, view_joint
 from sklearn_sela._training import Schedule
 from sklearn_sela.metrics import clustering_accuracy
 
@@ -30,49 +27,51 @@ SCHEDULE = Schedule(
 )
 
 
-def agreement(*views):
-    """view_agreement of heads whose labels in the two views are given, (n_heads, n) each."""
-    first, second = (torch.as_tensor(v) for v in views)
-    n_heads, n = first.shape
-    k = int(max(first.max(), second.max())) + 1
-    network = SelfLabelNetwork(nn.Identity(), n_heads * k, n_heads, k)
+def test_joint_counts_the_labels_of_two_views():
+    labels = torch.randint(3, (2, 600), generator=torch.Generator().manual_seed(0))
+    network = SelfLabelNetwork(nn.Identity(), 3, 1, 3)
     with torch.no_grad():
-        network.heads.weight.copy_(torch.eye(n_heads * k))
+        network.heads.weight.copy_(40 * torch.eye(3))  # sure of what it is shown
         network.heads.bias.zero_()
-    turns = itertools.cycle([first, second])
+    calls = []
 
     def view(rows):
-        return 40 * F.one_hot(next(turns)[:, rows].T, k).float().flatten(1)  # sure
+        calls.append(rows)
+        return F.one_hot(labels[(len(calls) + 1) % 2, rows], 3).float()
 
-    return view_agreement(network, view, n, SCHEDULE).numpy()
-
-
-def test_agreement_of_sure_heads_is_cohens_kappa():
-    rng = np.random.default_rng(0)
-    first = rng.integers(0, 3, (4, 512))
-    second = np.where(rng.random((4, 512)) < [[0.0], [0.1], [0.5], [1.0]], 0, first)
-    expected = [cohen_kappa_score(a, b) for a, b in zip(first, second, strict=True)]
-    np.testing.assert_allclose(agreement(first, second), expected, atol=1e-6)
+    expected = np.zeros((3, 3))
+    np.add.at(expected, tuple(labels.numpy()), 1 / 600)
+    found = view_joint(network, view, 600, SCHEDULE)
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-6)
 
 
-def test_a_head_that_collapsed_agrees_no_more_than_by_chance():
-    first = np.stack([np.zeros(512, int), np.arange(512) % 2])
-    second = np.where(np.arange(512) < 100, 1 - first, first)
-    second[0] = 0
-    collapsed, noisy = agreement(first, second)
-    assert collapsed == pytest.approx(0, abs=1e-3)
-    assert noisy > 0.5
+def heads(*tables):
+    joint = torch.tensor(tables, dtype=torch.float64)
+    return joint / joint.sum((1, 2), keepdim=True)
 
 
-def test_a_head_that_cuts_a_large_cluster_agrees_less_than_one_that_finds_it():
-    rng = np.random.default_rng(0)
-    large = rng.random(512) < 0.9
-    halves = np.where(large, rng.integers(0, 2, 512), 2)  # more information, less agreement
-    first = np.stack([large.astype(int), halves])
-    second = first.copy()
-    wrong = large & (rng.random(512) < 0.1)
-    second[1, wrong] = 1 - second[1, wrong]
-    assert agreement(first, second).argmax() == 0
+FINDS = [[0.9, 0.0, 0], [0.0, 0.06, 0], [0, 0, 0.04]]  # a large cluster and two small ones
+CUTS = [[0.42, 0.03, 0], [0.03, 0.42, 0], [0, 0, 0.1]]  # the large one cut: more information
+MERGES = [[0.5, 0, 0], [0, 0.5, 0], [0, 0, 0.0]]
+
+
+@pytest.mark.parametrize("tables", [(FINDS, CUTS), (CUTS, FINDS)])
+def test_a_head_that_finds_a_large_cluster_is_preferred_to_one_that_cuts_it(tables):
+    assert tables[choose_head(heads(*tables))] is FINDS
+
+
+def test_of_heads_that_agree_about_as_well_the_most_informative_is_chosen():
+    thirds = [[0.33, 0.003, 0], [0.003, 0.33, 0], [0, 0, 0.334]]  # agree a little less
+    assert choose_head(heads(MERGES, thirds)) == 1
+
+
+def test_a_head_that_collapsed_is_never_chosen():
+    collapsed = [[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert choose_head(heads(collapsed, CUTS)) == 1
+
+
+def test_one_cluster_leaves_no_choice():
+    assert choose_head(torch.ones(3, 1, 1, dtype=torch.float64)) == 0
 
 
 @pytest.mark.parametrize("sizes", [[900, 60, 40], [700, 200, 100], [960, 20, 20]])
