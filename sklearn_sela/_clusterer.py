@@ -73,7 +73,7 @@ class SelfLabelClusterer(
     n_neighbors : "auto" or int, default="auto"
         Nearest neighbours (in 50 principal components) that may stand in for a sample: a
         second kind of view. "auto" is 10 for images, 20 for vectors, which have no
-        augmentation to speak of; 0 turns it off.
+        augmentation to speak of, but at most half the samples per cluster; 0 turns it off.
     neighbor_probability : float, default=0.7
         Chance that a view shows a neighbour.
     init : {"kmeans", "random"}, default="kmeans"
@@ -424,12 +424,15 @@ class SelfLabelClusterer(
         augment: Callable[[Tensor], Tensor] | None,
         generator: torch.Generator,
     ) -> Views:
-        # Vectors have no augmentation to speak of: more neighbours make up for it.
         k = self.n_neighbors
-        k = (20 if self.image_shape_ is None else 10) if k == "auto" else int(k)
+        if k == "auto":
+            # Vectors have no augmentation to speak of: more neighbours make up for it. Beyond
+            # half a cluster they would be of other clusters, and views say nothing.
+            half = len(rows) // (2 * self.n_clusters)
+            k = min(20 if self.image_shape_ is None else 10, max(1, half))
         neighbors = None
         if k:
-            neighbors = torch.from_numpy(geometry.neighbors(k)).to(rows.device)
+            neighbors = torch.from_numpy(geometry.neighbors(int(k))).to(rows.device)
         return Views(rows.__getitem__, augment, neighbors, self.neighbor_probability, generator)
 
     def _recipe(self, n: int) -> Recipe:

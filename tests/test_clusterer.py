@@ -509,6 +509,88 @@ def test_predicting_from_disk_takes_little_memory(large):
     assert memory.rise < 100e6
 
 
+@pytest.mark.parametrize(
+    ("X", "k"),
+    [
+        (make_blobs([n // len(c)] * len(c), centers=c, random_state=seed), len(c))
+        for c in ([[0, 0], [20, 0]], [[0, 0], [20, 0], [0, 20]])
+        for n in (12, 20, 60)
+        for seed in range(2)
+    ],
+    ids=str,
+)
+def test_blobs_of_few_rows_are_found(X, k):
+    labels = SelfLabelClusterer(k, random_state=0).fit_predict(X[0])
+    assert clustering_accuracy(X[1], labels) == 1
+
+
+def test_wide_frames_fit_without_a_warning_whatever_the_output_set():
+    X = np.random.default_rng(0).normal(size=(100, 60))
+    plain = clusterer(max_epochs=2).fit(X)
+    with config_context(transform_output="pandas"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        framed = clusterer(max_epochs=2).fit(pd.DataFrame(X).add_prefix("x"))
+    assert_same_fit(framed, plain)
+
+
+# Modes of torch
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES = {
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["vectors", "images"])
+def test_modes_of_torch_change_no_bit(kind, mode, request):
+    estimator = request.getfixturevalue(kind)
+    X, k = {"vectors": (BLOBS, 4), "images": (IMAGES, 10)}[kind]
+    expected = estimator.predict_proba(X)
+    with MODES[mode]():
+        dtype = torch.get_default_dtype()
+        again = clusterer(k).fit(X)
+        found = again.predict_proba(X), again.transform(X)
+        assert torch.get_default_dtype() == dtype
+    assert_same_fit(again, estimator)
+    np.testing.assert_array_equal(found[0], expected)
+    np.testing.assert_array_equal(found[1], estimator.transform(X))
+
+
+class Double(nn.Linear):
+    """A backbone whose features are of its own precision."""
+
+    def forward(self, x):
+        return super().forward(x).double()
+
+
+@pytest.mark.parametrize(
+    "backbone", [nn.Linear(6, 8).double(), nn.Linear(6, 8).half(), Double(6, 8)]
+)
+def test_backbones_of_other_precision_are_fitted_in_float32(backbone):
+    estimator = clusterer(backbone=backbone).fit(BLOBS)
+    assert {p.dtype for p in estimator.network_.parameters()} == {torch.float32}
+    assert estimator.transform(BLOBS).dtype == np.float32
+
+
+def test_views_of_other_precision_are_converted(vectors):
+    plain = clusterer(augment=lambda x: x).fit(BLOBS)
+    assert_same_fit(clusterer(augment=lambda x: x.double()).fit(BLOBS), plain)
+
+
 # Reproducibility
 
 
