@@ -24,7 +24,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from sklearn_sela._augment import ImageAugment, Jitter, Views
-from sklearn_sela._backbones import convnet, mlp
+from sklearn_sela._backbones import convnet, feature_width, mlp
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
 from sklearn_sela._device import one_thread, resolve_device, seeded
 from sklearn_sela._network import inference, rows_at_once
@@ -275,10 +275,8 @@ class SelfLabelClusterer(
         ours = isinstance(self.backbone, str)
         small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
         with seeded(seed, device) as generator, one_thread(small):
-            backbone = self._make_backbone(n_values).to(device)
-            with torch.no_grad():
-                backbone.eval()
-                n_features = backbone(rows[slice(0, 2)]).flatten(1).shape[1]
+            backbone = self._make_backbone(n_values).to(device).float()
+            n_features = feature_width(backbone, rows[slice(0, 2)])
             augment = self._make_augment(geometry, generator, rng)
             views = self._make_views(rows, geometry, augment, generator)
             fitted = fit_network(

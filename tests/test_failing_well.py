@@ -275,6 +275,49 @@ def test_backbone_that_returns_no_module_is_refused():
         clusterer(backbone=lambda: 3).fit(BLOBS)
 
 
+class Makes(nn.Module):
+    """A backbone that makes what it is told to."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.linear = make, nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.make(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda x: (x, x), "tuple"),
+        (lambda x: x.detach().numpy(), "ndarray"),
+        (lambda x: x.sum(), r"\(\)"),
+        (lambda x: x[:1], r"\(1, 8\).*\(2, 6\)"),
+        (lambda x: x.flatten(), r"\(16,\)"),
+        (lambda x: x[:, :0], r"\(2, 0\)"),
+    ],
+)
+def test_backbone_that_makes_no_features_is_refused(make, word):
+    with pytest.raises((TypeError, ValueError), match=f"backbone must return.*{word}"):
+        clusterer(backbone=Makes(make)).fit(BLOBS)
+
+
+@pytest.mark.parametrize(
+    ("augment", "word"),
+    [
+        (lambda x: (x, x), "tuple"),
+        (lambda x: x.numpy(), "ndarray"),
+        (lambda x: None, "NoneType"),
+        (lambda x: x.sum(), r"\(\)"),
+        (lambda x: x[1:], "rows"),
+        (lambda x: torch.cat([x, x]), "rows"),
+    ],
+)
+def test_augment_that_makes_no_views_is_refused(augment, word):
+    with pytest.raises((TypeError, ValueError), match=f"augment must return.*{word}"):
+        clusterer(augment=augment).fit(BLOBS)
+
+
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # 3 rows: collapse
 def test_batches_too_short_for_batch_norm_are_avoided():
     # 3 rows in batches of 2 leave one row over, on which batch norm cannot train.
