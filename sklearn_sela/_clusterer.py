@@ -30,7 +30,14 @@ from sklearn_sela._device import one_thread, resolve_device, seeded
 from sklearn_sela._network import inference, rows_at_once
 from sklearn_sela._recipe import Recipe, fit_network
 from sklearn_sela._training import LABEL_TOL, Schedule
-from sklearn_sela._validation import as_image, check_parameters, cluster_sizes, image_shape_of
+from sklearn_sela._validation import (
+    CHANNELS_FIRST,
+    as_image,
+    check_no_times,
+    check_parameters,
+    cluster_sizes,
+    image_shape_of,
+)
 from sklearn_sela.metrics import information_score
 
 _SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
@@ -356,6 +363,7 @@ class SelfLabelClusterer(
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
         elif isinstance(X, list | tuple):
             X = np.asarray(X)
+        check_no_times(X)
         if getattr(X, "ndim", 2) <= 2:
             X = validate_data(self, X, reset=reset, dtype="numeric")
         else:
@@ -378,9 +386,14 @@ class SelfLabelClusterer(
             fitted = (
                 "vectors" if self.image_shape_ is None else f"images of shape {self.image_shape_}"
             )
+            channels_last = self.image_shape_ is not None and X.shape[1:] == (
+                *self.image_shape_[1:],
+                self.image_shape_[0],
+            )
             raise ValueError(
                 f"X holds images of shape {as_image(X.shape[1:])}, but {type(self).__name__} was "
                 f"fitted on {fitted} ({self.n_features_in_} features)."
+                f"{channels_last * f' {CHANNELS_FIRST}'}"
             )
         return X
 

@@ -10,12 +10,16 @@ import numpy as np
 
 from sklearn_sela._backbones import BACKBONES
 
+CHANNELS_FIRST = "Put channels first: images.transpose(0, 3, 1, 2)."
+
 
 def check_parameters(estimator: Any) -> None:
     """Raise ValueError or TypeError for the first parameter out of range."""
     whole = {"n_clusters": 1, "n_heads": 1, "n_views": 0, "max_epochs": 1, "batch_size": 1}
-    for name, low in {**whole, "verbose": 0}.items():
+    for name, low in whole.items():
         _check_number(name, getattr(estimator, name), Integral, low)
+    if not isinstance(estimator.verbose, bool | np.bool_):
+        _check_number("verbose", estimator.verbose, Integral, 0)
     if estimator.n_solves is not None:
         _check_number("n_solves", estimator.n_solves, Integral, 1)
     if estimator.over_clusters not in (None, "auto"):
@@ -77,12 +81,25 @@ def image_shape_of(
         )
     if asked is not None and asked != shape:
         raise ValueError(f"image_shape={image_shape} does not match images of shape {shape} in X.")
-    if shape[2] in (1, 3, 4) and min(shape[:2]) > 4:
+    told = asked is not None and X.ndim > 2
+    if shape[2] in (1, 3, 4) and min(shape[:2]) > 4 and not told:
         raise ValueError(
             f"Images of shape {shape} read as {shape[0]} channels of {shape[1]} x {shape[2]} "
-            "pixels. Put channels first: images.transpose(0, 3, 1, 2)."
+            f"pixels. {CHANNELS_FIRST} If they are, pass X as (n_samples, *image_shape) with "
+            f"image_shape={shape}."
         )
     return shape
+
+
+def check_no_times(X: Any) -> None:
+    """Raise TypeError for dates or durations, in an array or in a column of a DataFrame."""
+    dtypes: Any = getattr(X, "dtypes", getattr(X, "dtype", None))  # a frame's, an array's
+    for dtype in np.ravel(dtypes):
+        if getattr(dtype, "kind", None) in ("m", "M"):
+            raise TypeError(
+                f"X has dtype {dtype}, but features must be numbers: turn dates and durations "
+                "into some, such as seconds since the first, or the hour of the day."
+            )
 
 
 def as_image(shape: Any) -> tuple[int, int, int]:

@@ -129,6 +129,45 @@ def test_channels_last_image_shape_of_flat_rows_gets_a_hint():
         clusterer(image_shape=(8, 8, 1)).fit(FLAT)
 
 
+@pytest.mark.parametrize("width", [1, 3, 4])
+def test_narrow_images_are_taken_where_image_shape_says_that_channels_are_first(width):
+    X = np.random.default_rng(0).normal(size=(40, 6, 8, width))
+    with pytest.raises(ValueError, match=rf"image_shape=\(6, 8, {width}\)"):
+        clusterer(2).fit(X)
+    estimator = clusterer(2, image_shape=(6, 8, width), max_epochs=1).fit(X)
+    assert estimator.predict(X).shape == (40,)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_channels_last_images_get_a_hint_at_predict(channels):
+    X = np.repeat(IMAGES[:40, None], channels, axis=1)
+    estimator = clusterer(2, max_epochs=1).fit(X)
+    with pytest.raises(ValueError, match=r"transpose\(0, 3, 1, 2\)"):
+        estimator.predict(X.transpose(0, 2, 3, 1))
+
+
+TIMES = np.arange(80).reshape(40, 2)
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        TIMES.astype("datetime64[s]"),
+        TIMES.astype("timedelta64[s]"),
+        TIMES.reshape(40, 2, 1).astype("datetime64[s]"),
+        TIMES.astype("datetime64[s]").tolist(),
+        pd.DataFrame({"a": TIMES[:, 0], "b": pd.to_datetime(TIMES[:, 1])}),
+        pd.DataFrame({"a": pd.to_timedelta(TIMES[:, 0]), "b": pd.to_timedelta(TIMES[:, 1])}),
+        pd.DataFrame({"a": pd.to_datetime(TIMES[:, 0], utc=True)}),
+    ],
+    ids=["dates", "durations", "images", "list", "frame", "frame of durations", "time zone"],
+)
+def test_dates_and_durations_are_refused_with_advice(X, fitted_vectors):
+    for call in (clusterer(2).fit, fitted_vectors.predict):
+        with pytest.raises(TypeError, match=r"dates|datetime"):
+            call(X)
+
+
 @pytest.mark.parametrize(
     "image_shape", [64, (64,), (1, 1, 8, 8), (0, 64), (-8, -8), (8.0, 8), "88"]
 )
