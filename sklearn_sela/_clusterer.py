@@ -267,7 +267,8 @@ class SelfLabelClusterer(
             )
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         rng = np.random.default_rng(seed)
-        scaler = Scaler(X[draw_rows(n, n_values, n, rng)], self.image_shape_)
+        vectors = self.image_shape_ is None
+        scaler = Scaler(X if vectors else X[draw_rows(n, n_values, n, rng)], self.image_shape_)
         rows = Rows(X, scaler, device)
         geometry = Geometry(rows, n_values, rng)
         self._warn_of_duplicates(geometry.points)
