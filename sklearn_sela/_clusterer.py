@@ -59,7 +59,8 @@ class SelfLabelClusterer(
         Number of clusters K.
     n_heads : int, default=3
         Clustering heads that share the backbone: T of the paper. They start from different
-        clusterings; the one whose labels agree best between views predicts.
+        clusterings; the one whose labels agree best between views predicts. Of heads that
+        agree about as well, it is the most informative.
     over_clusters : "auto", int or None, default="auto"
         Clusters of the first round; at most one per 8 samples. "auto" is five times
         ``n_clusters``, at least 50. None or 0 skips the round (the paper's way).
@@ -100,8 +101,8 @@ class SelfLabelClusterer(
     cluster_sizes : {"learned", "balanced"} or array-like of shape (n_clusters,), default="learned"
         Share of the samples each cluster gets. "learned" takes those of the clustering that
         the second round starts from, as a prior that pulls; where the data establish that
-        sizes are equal, it is "balanced". "balanced" and given shares are held exactly;
-        cluster k gets the k-th share.
+        sizes are equal, it is "balanced". "balanced" and given shares are held by the soft
+        assignment, whose labels may be off by a few rows; cluster k gets the k-th share.
     reg : float, default=0.2
         Entropic regularisation of the label solve, in nats: 1 / lambda of the paper, whose
         values are lambda = 25 (ImageNet) and 10 (CIFAR).
@@ -118,8 +119,9 @@ class SelfLabelClusterer(
     device : str or torch.device, default="auto"
         "cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one.
     random_state : int, RandomState instance or None, default=None
-        Decides everything on a given machine and number of threads; global generators are
-        left as they were.
+        Decides everything on a given machine and number of threads, except an ``augment``
+        or ``backbone`` that draws from other generators than torch's global one (NumPy's,
+        say); global generators are left as they were.
     verbose : int, default=0
         1 prints a line an epoch.
 
@@ -150,8 +152,9 @@ class SelfLabelClusterer(
 
     Notes
     -----
-    Vectors are standardised, images scaled per channel, a batch at a time: X is never
-    copied whole, and may be a read-only memmap. Small batches train on one CPU thread, which
+    Vectors are standardised, images scaled per channel, a batch at a time: X is not copied
+    whole, unless it is a list or a bfloat16 tensor, which NumPy has no type for, and may be a
+    read-only memmap. Small batches train on one CPU thread, which
     more would only slow down. Fits in one process run one after another, for torch's global
     generator, which users' modules draw from, is one per process.
 
@@ -475,9 +478,9 @@ class SelfLabelClusterer(
         distinct = len(np.unique(points, axis=0))
         if distinct < self.n_clusters:
             warnings.warn(
-                f"X has only {distinct} distinct rows, fewer than n_clusters="
-                f"{self.n_clusters}: some clusters will split identical rows or stay empty. "
-                "Lower n_clusters or look for constant data.",
+                f"X has, among the {len(points)} rows looked at, only {distinct} distinct rows, "
+                f"fewer than n_clusters={self.n_clusters}: some clusters will split identical "
+                "rows or stay empty. Lower n_clusters or look for constant data.",
                 ConvergenceWarning,
                 stacklevel=4,
             )

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from torch import nn
 
-from sklearn_sela import SelfLabelClusterer, _recipe, _training
+from sklearn_sela import SelfLabelClusterer, _data, _recipe, _training
 
 IMAGES = load_digits().images[:200]
 FLAT = IMAGES.reshape(200, -1)
@@ -212,6 +212,12 @@ def test_constant_data_fit_with_a_warning(X):
         labels = clusterer().fit(X).labels_
     assert "only 1 distinct rows, fewer than n_clusters=4" in str(caught[0].message)
     assert labels.shape == (50,)
+
+
+def test_distinct_rows_are_those_of_the_rows_looked_at(monkeypatch):
+    monkeypatch.setattr(_data, "REFERENCE_ROWS", 30)
+    with pytest.warns(ConvergenceWarning, match="among the 30 rows looked at, only"):
+        clusterer().fit(np.repeat(BLOBS[:3], 50, axis=0))
 
 
 def test_rows_of_fewer_kinds_than_clusters_fit_with_a_warning():
