@@ -33,7 +33,7 @@ def check_parameters(estimator: Any) -> None:
     _check_number("label_momentum", estimator.label_momentum, Real, 0, high=1)
     _check_choice("init", estimator.init, ["kmeans", "random"])
     _check_choice("lr_schedule", estimator.lr_schedule, ["one_cycle", "step"])
-    if not isinstance(estimator.soft_targets, bool):
+    if not isinstance(estimator.soft_targets, bool | np.bool_):
         raise TypeError(f"soft_targets must be a bool, got {estimator.soft_targets!r}.")
     if isinstance(estimator.backbone, str):
         _check_choice("backbone", estimator.backbone, ["auto", *BACKBONES], "or a torch module")
@@ -49,6 +49,7 @@ def check_parameters(estimator: Any) -> None:
 
 
 def cluster_sizes(estimator: Any) -> str | np.ndarray:
+    """The parameter of this name, resolved: its name, or shares that sum to one."""
     if isinstance(estimator.cluster_sizes, str):
         _check_choice(
             "cluster_sizes", estimator.cluster_sizes, ["learned", "balanced"], "an array of shares"
@@ -58,12 +59,16 @@ def cluster_sizes(estimator: Any) -> str | np.ndarray:
         sizes = np.asarray(estimator.cluster_sizes, dtype=np.float64)
     except (TypeError, ValueError):
         sizes = np.array(np.nan)
-    if sizes.shape != (estimator.n_clusters,) or not np.isfinite(sizes).all() or (sizes <= 0).any():
+    valid = sizes.shape == (estimator.n_clusters,) and np.isfinite(sizes).all() and sizes.min() > 0
+    if valid:
+        sizes = sizes / sizes.max()  # first: the sum of large numbers may be infinite
+        valid = sizes.min() > 0
+    if not valid:
         raise ValueError(
             f"cluster_sizes must be 'learned', 'balanced' or n_clusters={estimator.n_clusters} "
             f"positive shares, got {estimator.cluster_sizes!r}."
         )
-    return sizes
+    return sizes / sizes.sum()
 
 
 def image_shape_of(

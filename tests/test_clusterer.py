@@ -265,6 +265,21 @@ def test_verbose_prints_a_line_an_epoch(capsys):
     assert lines[-1].split()[:3] == ["epoch", "4/4", "clusters"]
 
 
+def test_verbose_may_be_a_bool(capsys):
+    clusterer(verbose=True, max_epochs=1).fit(BLOBS)
+    assert capsys.readouterr().out.startswith("epoch")
+    clusterer(verbose=False, max_epochs=1).fit(BLOBS)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_soft_targets_may_be_a_bool_of_numpy(soft):
+    one, two = (
+        clusterer(soft_targets=s, over_clusters=None).fit(BLOBS) for s in (soft, np.bool_(soft))
+    )
+    assert_same_fit(one, two)
+
+
 def test_silent_by_default(capsys):
     clusterer().fit(BLOBS)
     assert capsys.readouterr() == ("", "")
@@ -277,6 +292,14 @@ def test_cluster_k_gets_the_share_k(shares):
     expected = np.array(shares) / np.sum(shares)
     for labels in (estimator.labels_, *estimator.self_labels_):
         np.testing.assert_allclose(np.bincount(labels, minlength=2) / 300, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("unit", [1e308, 1e-300])
+def test_shares_may_be_of_any_unit(unit):
+    one = clusterer(cluster_sizes=[1, 1, 1, 1], max_epochs=2).fit(BLOBS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_fit(clusterer(cluster_sizes=[unit] * 4, max_epochs=2).fit(BLOBS), one)
 
 
 def test_given_shares_hold_against_the_data():
