@@ -534,19 +534,13 @@ def test_predicting_from_disk_takes_little_memory(large):
     assert memory.rise < 100e6
 
 
-@pytest.mark.parametrize(
-    ("X", "k"),
-    [
-        (make_blobs([n // len(c)] * len(c), centers=c, random_state=seed), len(c))
-        for c in ([[0, 0], [20, 0]], [[0, 0], [20, 0], [0, 20]])
-        for n in (12, 20, 60)
-        for seed in range(2)
-    ],
-    ids=str,
-)
-def test_blobs_of_few_rows_are_found(X, k):
-    labels = SelfLabelClusterer(k, random_state=0).fit_predict(X[0])
-    assert clustering_accuracy(X[1], labels) == 1
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("n", [12, 20, 60])
+@pytest.mark.parametrize("centers", [[[0, 0], [20, 0]], [[0, 0], [20, 0], [0, 20]]], ids=len)
+def test_blobs_of_few_rows_are_found(centers, n, seed):
+    k = len(centers)
+    X, y = make_blobs([n // k] * k, centers=centers, random_state=seed)
+    assert clustering_accuracy(y, SelfLabelClusterer(k, random_state=0).fit_predict(X)) == 1
 
 
 def test_wide_frames_fit_without_a_warning_whatever_the_output_set():
