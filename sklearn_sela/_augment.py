@@ -79,4 +79,14 @@ class Views:
             swap = torch.rand(n, generator=self.generator, device=device) < self.probability
             indices = torch.where(swap, self.neighbors[indices, pick].long(), indices)
         x = self.rows(indices)
-        return x if self.augment is None else self.augment(x)
+        if self.augment is None:
+            return x
+        view = self.augment(x)
+        if not isinstance(view, Tensor):
+            raise TypeError(f"augment must return a tensor, got {type(view).__name__}.")
+        if view.shape[:1] != indices.shape:
+            raise ValueError(
+                f"augment must return a view of each row: it made shape {tuple(view.shape)} of "
+                f"{len(indices)} rows."
+            )
+        return view.float()

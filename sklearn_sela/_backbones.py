@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FEATURES = 128  # width of the learned features, as in the clustering heads' input
 
@@ -33,6 +33,21 @@ def convnet(image_shape: tuple[int, int, int]) -> nn.Module:
         channels, out = out, min(2 * out, 256)
     layers += [nn.Flatten(), *_dense(channels * height * width, FEATURES)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def feature_width(backbone: nn.Module, x: Tensor) -> int:
+    """Features per row that the backbone makes of a batch x; TypeError or ValueError if none."""
+    backbone.eval()
+    with torch.no_grad():
+        made = backbone(x)
+    if not isinstance(made, Tensor):
+        raise TypeError(f"backbone must return a tensor of features, got {type(made).__name__}.")
+    if made.shape[:1] != x.shape[:1] or not made.numel():
+        raise ValueError(
+            f"backbone must return features for each row: it made shape {tuple(made.shape)} of a "
+            f"batch of shape {tuple(x.shape)}."
+        )
+    return made.flatten(1).shape[1]
 
 
 def _dense(n_inputs: int, n_outputs: int) -> list[nn.Module]:

@@ -24,13 +24,20 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from sklearn_sela._augment import ImageAugment, Jitter, Views
-from sklearn_sela._backbones import convnet, mlp
+from sklearn_sela._backbones import convnet, feature_width, mlp
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
 from sklearn_sela._device import one_thread, resolve_device, seeded
 from sklearn_sela._network import inference, rows_at_once
 from sklearn_sela._recipe import Recipe, fit_network
 from sklearn_sela._training import LABEL_TOL, Schedule
-from sklearn_sela._validation import as_image, check_parameters, cluster_sizes, image_shape_of
+from sklearn_sela._validation import (
+    CHANNELS_FIRST,
+    as_image,
+    check_no_times,
+    check_parameters,
+    cluster_sizes,
+    image_shape_of,
+)
 from sklearn_sela.metrics import information_score
 
 _SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
@@ -52,7 +59,8 @@ class SelfLabelClusterer(
         Number of clusters K.
     n_heads : int, default=3
         Clustering heads that share the backbone: T of the paper. They start from different
-        clusterings; the one whose labels agree best between views predicts.
+        clusterings; the one whose labels agree best between views predicts. Of heads that
+        agree about as well, it is the most informative.
     over_clusters : "auto", int or None, default="auto"
         Clusters of the first round; at most one per 8 samples. "auto" is five times
         ``n_clusters``, at least 50. None or 0 skips the round (the paper's way).
@@ -73,7 +81,7 @@ class SelfLabelClusterer(
     n_neighbors : "auto" or int, default="auto"
         Nearest neighbours (in 50 principal components) that may stand in for a sample: a
         second kind of view. "auto" is 10 for images, 20 for vectors, which have no
-        augmentation to speak of; 0 turns it off.
+        augmentation to speak of, but at most half the samples per cluster; 0 turns it off.
     neighbor_probability : float, default=0.7
         Chance that a view shows a neighbour.
     init : {"kmeans", "random"}, default="kmeans"
@@ -93,8 +101,8 @@ class SelfLabelClusterer(
     cluster_sizes : {"learned", "balanced"} or array-like of shape (n_clusters,), default="learned"
         Share of the samples each cluster gets. "learned" takes those of the clustering that
         the second round starts from, as a prior that pulls; where the data establish that
-        sizes are equal, it is "balanced". "balanced" and given shares are held exactly;
-        cluster k gets the k-th share.
+        sizes are equal, it is "balanced". "balanced" and given shares are held by the soft
+        assignment, whose labels may be off by a few rows; cluster k gets the k-th share.
     reg : float, default=0.2
         Entropic regularisation of the label solve, in nats: 1 / lambda of the paper, whose
         values are lambda = 25 (ImageNet) and 10 (CIFAR).
@@ -111,8 +119,9 @@ class SelfLabelClusterer(
     device : str or torch.device, default="auto"
         "cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one.
     random_state : int, RandomState instance or None, default=None
-        Decides everything on a given machine and number of threads; global generators are
-        left as they were.
+        Decides everything on a given machine and number of threads, except an ``augment``
+        or ``backbone`` that draws from other generators than torch's global one (NumPy's,
+        say); global generators are left as they were.
     verbose : int, default=0
         1 prints a line an epoch.
 
@@ -143,8 +152,9 @@ class SelfLabelClusterer(
 
     Notes
     -----
-    Vectors are standardised, images scaled per channel, a batch at a time: X is never
-    copied whole, and may be a read-only memmap. Small batches train on one CPU thread, which
+    Vectors are standardised, images scaled per channel, a batch at a time: X is not copied
+    whole, unless it is a list or a bfloat16 tensor, which NumPy has no type for, and may be a
+    read-only memmap. Small batches train on one CPU thread, which
     more would only slow down. Fits in one process run one after another, for torch's global
     generator, which users' modules draw from, is one per process.
 
@@ -260,7 +270,8 @@ class SelfLabelClusterer(
             )
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         rng = np.random.default_rng(seed)
-        scaler = Scaler(X[draw_rows(n, n_values, n, rng)], self.image_shape_)
+        vectors = self.image_shape_ is None
+        scaler = Scaler(X if vectors else X[draw_rows(n, n_values, n, rng)], self.image_shape_)
         rows = Rows(X, scaler, device)
         geometry = Geometry(rows, n_values, rng)
         self._warn_of_duplicates(geometry.points)
@@ -275,10 +286,8 @@ class SelfLabelClusterer(
         ours = isinstance(self.backbone, str)
         small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
         with seeded(seed, device) as generator, one_thread(small):
-            backbone = self._make_backbone(n_values).to(device)
-            with torch.no_grad():
-                backbone.eval()
-                n_features = backbone(rows[slice(0, 2)]).flatten(1).shape[1]
+            backbone = self._make_backbone(n_values).to(device).float()
+            n_features = feature_width(backbone, rows[slice(0, 2)])
             augment = self._make_augment(geometry, generator, rng)
             views = self._make_views(rows, geometry, augment, generator)
             fitted = fit_network(
@@ -358,6 +367,7 @@ class SelfLabelClusterer(
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
         elif isinstance(X, list | tuple):
             X = np.asarray(X)
+        check_no_times(X)
         if getattr(X, "ndim", 2) <= 2:
             X = validate_data(self, X, reset=reset, dtype="numeric")
         else:
@@ -380,9 +390,14 @@ class SelfLabelClusterer(
             fitted = (
                 "vectors" if self.image_shape_ is None else f"images of shape {self.image_shape_}"
             )
+            channels_last = self.image_shape_ is not None and X.shape[1:] == (
+                *self.image_shape_[1:],
+                self.image_shape_[0],
+            )
             raise ValueError(
                 f"X holds images of shape {as_image(X.shape[1:])}, but {type(self).__name__} was "
                 f"fitted on {fitted} ({self.n_features_in_} features)."
+                f"{channels_last * f' {CHANNELS_FIRST}'}"
             )
         return X
 
@@ -424,12 +439,15 @@ class SelfLabelClusterer(
         augment: Callable[[Tensor], Tensor] | None,
         generator: torch.Generator,
     ) -> Views:
-        # Vectors have no augmentation to speak of: more neighbours make up for it.
         k = self.n_neighbors
-        k = (20 if self.image_shape_ is None else 10) if k == "auto" else int(k)
+        if k == "auto":
+            # Vectors have no augmentation to speak of: more neighbours make up for it. Beyond
+            # half a cluster they would be of other clusters, and views say nothing.
+            half = len(rows) // (2 * self.n_clusters)
+            k = min(20 if self.image_shape_ is None else 10, max(1, half))
         neighbors = None
         if k:
-            neighbors = torch.from_numpy(geometry.neighbors(k)).to(rows.device)
+            neighbors = torch.from_numpy(geometry.neighbors(int(k))).to(rows.device)
         return Views(rows.__getitem__, augment, neighbors, self.neighbor_probability, generator)
 
     def _recipe(self, n: int) -> Recipe:
@@ -460,9 +478,9 @@ class SelfLabelClusterer(
         distinct = len(np.unique(points, axis=0))
         if distinct < self.n_clusters:
             warnings.warn(
-                f"X has only {distinct} distinct rows, fewer than n_clusters="
-                f"{self.n_clusters}: some clusters will split identical rows or stay empty. "
-                "Lower n_clusters or look for constant data.",
+                f"X has, among the {len(points)} rows looked at, only {distinct} distinct rows, "
+                f"fewer than n_clusters={self.n_clusters}: some clusters will split identical "
+                "rows or stay empty. Lower n_clusters or look for constant data.",
                 ConvergenceWarning,
                 stacklevel=4,
             )

@@ -15,7 +15,7 @@ REFERENCE_ROWS = 20_000  # rows that stand for all in neighbours and k-means
 _SAMPLE = 1 << 22  # values of X looked at for scaling and principal components: 32 MB
 _FEWEST_ROWS = 16  # of it, however large they are
 _SCALED = 1 << 18  # values of a batch scaled at a time: float64 costs little memory
-_CHUNK = 1 << 21  # values of X embedded at a time
+_CHUNK = 1 << 21  # values of X embedded, or averaged, at a time
 _MIRROR = 1.3  # digits 1.7, Fashion-MNIST 1.1
 _PCA_DIM = 50  # in which neighbours are searched: less noise, less time
 _SMALLEST_SIDE = 8  # pixels, of square images recognised in flat rows
@@ -25,28 +25,29 @@ _TOO_LARGE = "X holds values too large: their spread is not a finite number."
 
 
 class Scaler:
-    """Shift and scale learned from the reference rows.
+    """Shift and scale learned from X.
 
     Vectors: each feature to mean 0 and variance 1. Images: each channel divided by its
     standard deviation, after subtracting its typical border value, so that the zeros that
-    geometric augmentation moves in look like more background.
+    geometric augmentation moves in look like more background. A sample of images will do;
+    of vectors all rows are looked at, for a feature may vary in few of them.
     """
 
-    def __init__(self, rows: np.ndarray, image_shape: tuple[int, int, int] | None):
-        x = rows.reshape(len(rows), *(image_shape or rows.shape[1:])).astype(np.float64)
-        axes = 0 if image_shape is None else (0, 2, 3)
+    def __init__(self, X: np.ndarray, image_shape: tuple[int, int, int] | None):
         with np.errstate(over="ignore", invalid="ignore"):
-            self.scale = x.std(axes, keepdims=True)[0]
-            noise = 1e-12 * np.abs(x).max(axes, keepdims=True)[0]  # rounding of the mean
+            if image_shape is None:
+                self.shift, self.scale, largest = column_moments(X)
+            else:
+                x = X.reshape(len(X), *image_shape).astype(np.float64)
+                rim = [x[:, :, [0, -1], :], x[..., [0, -1]].swapaxes(2, 3)]
+                values = np.concatenate([r.reshape(*x.shape[:2], -1) for r in rim], 2)
+                self.shift = np.median(values, axis=(0, 2))[:, None, None]
+                self.scale = x.std((0, 2, 3), keepdims=True)[0]
+                largest = np.abs(x).max((0, 2, 3), keepdims=True)[0]
+        noise = 1e-12 * largest  # rounding of the mean
         self.scale[self.scale <= noise] = 1.0  # constant: nothing to learn, nothing to blow up
         if not np.isfinite(self.scale).all():
             raise ValueError(_TOO_LARGE)
-        if image_shape is None:
-            self.shift = x.mean(axes, keepdims=True)[0]
-        else:
-            rim = [x[:, :, [0, -1], :], x[..., [0, -1]].swapaxes(2, 3)]
-            values = np.concatenate([r.reshape(*x.shape[:2], -1) for r in rim], 2)
-            self.shift = np.median(values, axis=(0, 2))[:, None, None]
         self.image_shape = image_shape
 
     def __call__(self, rows: np.ndarray, device: torch.device) -> Tensor:
@@ -86,6 +87,28 @@ class Rows:
         return self.scaler(self.X[indices], self.device)
 
 
+def column_moments(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, standard deviation and largest magnitude of each column, in parts of the rows.
+
+    In float64. The parts' squared deviations are merged (Chan, Golub, LeVeque 1983): a
+    difference of large sums would lose what varies beside a large offset. Counted from the
+    first row, a constant column is exactly 0 throughout.
+    """
+    n, d = X.shape
+    first = X[0].astype(np.float64)
+    mean, squares, largest = np.zeros(d), np.zeros(d), np.zeros(d)
+    size = max(1, _CHUNK // d)
+    for start in range(0, n, size):
+        x = X[start : start + size].astype(np.float64, order="C")  # one order of summation
+        np.maximum(largest, np.abs(x).max(0), out=largest)
+        x -= first
+        part_mean = x.mean(0)
+        delta, weight = part_mean - mean, len(x) / (start + len(x))
+        squares += ((x - part_mean) ** 2).sum(0) + delta * (delta * (start * weight))
+        mean += delta * weight
+    return first + mean, np.sqrt(squares / n), largest
+
+
 def draw_rows(n: int, n_values: int, limit: int, rng: np.random.Generator) -> np.ndarray:
     """Sorted indices of at most ``limit`` rows, fewer if they hold more than _SAMPLE values."""
     size = min(n, limit, max(_FEWEST_ROWS, _SAMPLE // n_values))
@@ -96,8 +119,8 @@ def square_images(X: np.ndarray) -> tuple[int, int, int] | None:
     """(1, side, side) if the features look like the pixels of square grey images, else None.
 
     In images, pixels next to each other and pixels one above the other are correlated, more
-    than pixels half a row apart: neither in tables, where the order of features means little,
-    nor in signals, where correlation falls with distance, is that so.
+    than pixels half a row apart. That is rare in tables, where the order of features means
+    little, and in signals, where correlation falls with distance, unless they repeat themselves.
     """
     n, d = X.shape
     side = math.isqrt(d)
@@ -134,9 +157,9 @@ class Geometry:
         self.pca = None
         if n_values > _PCA_DIM and len(x) > 1 and np.ptp(x) > 0:
             dim = min(_PCA_DIM, len(x))
-            self.pca = PCA(dim, svd_solver="randomized", random_state=int(rng.integers(2**31))).fit(
-                x
-            )
+            pca = PCA(dim, svd_solver="randomized", random_state=int(rng.integers(2**31)))
+            # Arrays inside, whatever transform_output the user has set.
+            self.pca = pca.set_output(transform="default").fit(x)
         self.reference = np.sort(rng.permutation(n)[:REFERENCE_ROWS])
         chunks = [self.embed(part) for part in self.parts(self.reference)]
         self.points = np.concatenate(chunks)

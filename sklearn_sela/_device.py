@@ -1,4 +1,4 @@
-"""Where to compute, and randomness that leaves the rest of the process alone."""
+"""Where and how to compute, with randomness that leaves the rest of the process alone."""
 
 from __future__ import annotations
 
@@ -35,14 +35,31 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
 
     The global generator is what users' modules draw from (initial weights, dropout); being
     one per process, it is held by one fit at a time. Other devices' are not touched.
+    Within, torch computes gradients and in float32, whatever the caller's modes.
     """
     cuda = [device] if device.type == "cuda" else []
-    with _SEEDED, torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    with _SEEDED, torch.random.fork_rng(devices=cuda), plain_modes(device):
         torch.default_generator.manual_seed(seed)
         for card in cuda:
             with torch.cuda.device(card):
                 torch.cuda.manual_seed(seed)
         yield torch.Generator(device=device).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def plain_modes(device: torch.device) -> Iterator[None]:
+    """float32 for all that is made within, gradients, no autocast; the caller's modes after."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ class SelfLabelNetwork(nn.Module):
         self.shape = (n_heads, n_clusters)
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.backbone(x).flatten(1)
+        return self.backbone(x).flatten(1).float()  # whatever the backbone computes in
 
     def forward(self, x: Tensor) -> Tensor:
         return self.heads(self.embed(x)).unflatten(1, self.shape)
@@ -56,9 +56,10 @@ def inference(
     """
     size = rows_at_once(n_values, _BATCH_ROWS)
     training = network.training
+    device = next(network.parameters()).device
     network.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             for start in range(0, n, size):
                 rows = slice(start, min(start + size, n))
                 x = batch(rows)

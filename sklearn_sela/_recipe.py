@@ -29,6 +29,7 @@ _HEAD_SCALE = 10.0  # logit gap, about, between a row's own centroid and an orth
 _SIZE_PULL = 1.0  # reg_m for learned cluster sizes: nats a row, see docs/recipe.rst
 _EQUAL = 0.15  # relative deviation (root mean square) below which sizes pass as equal
 _SURE = 0.01  # level of the test for it
+_AS_GOOD = 0.03  # difference of kappa that is no reason to prefer a head
 _OVER_CLUSTER_ROWS = 8  # fewest rows per cluster of the first round
 
 
@@ -112,7 +113,7 @@ def fit_network(
     state, done = train("clusters", labels, weights, pull, schedule)
     best_head = 0
     try:
-        best_head = int(view_information(network, views, len(rows), recipe.schedule).argmax())
+        best_head = choose_head(view_joint(network, views, len(rows), recipe.schedule))
     except KeyboardInterrupt:  # the training stands; only the choice of the head is lost
         done = False
     return Fitted(
@@ -225,19 +226,33 @@ def sizes_are_equal(counts: np.ndarray) -> bool:
     return bool(ncx2.cdf(statistic, k - 1, n * _EQUAL**2) < _SURE)
 
 
-def view_information(
+def view_joint(
     network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int, schedule: Schedule
 ) -> Tensor:
-    """(n_heads,) mutual information, in nats, between the labels of two views of a row."""
+    """(n_heads, k, k) joint distribution of the labels of two views of a row."""
     once = replace(schedule, n_views=1)
     one, two = (label_pass(network, views, n, once) for _ in range(2))
     batches = [
         a.exp().double().permute(1, 2, 0) @ b.exp().double().transpose(0, 1)
         for (_, a), (_, b) in zip(one, two, strict=True)
     ]
-    joint = torch.stack(batches).sum(0) / n
-    independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
-    return torch.special.xlogy(joint, joint / independent.clamp_min(1e-300)).sum((1, 2))
+    return torch.stack(batches).sum(0) / n
+
+
+def choose_head(joint: Tensor) -> int:
+    """The head whose labels of two views of a row agree best, by their joint distributions.
+
+    Agreement is Cohen's kappa of the soft labels. Of heads that agree about as well, it is the
+    one with the most information, since coarse clusters are the easier to agree on.
+    Information alone would cut a large cluster in pieces, for the sake of equal sizes.
+    """
+    one, two = joint.sum(2), joint.sum(1)
+    chance = (one * two).sum(1)
+    observed = joint.diagonal(dim1=1, dim2=2).sum(1)
+    kappa = (observed - chance) / (1 - chance).clamp_min(1e-12)  # all in one cluster: 0
+    independent = one[:, :, None] * two[:, None, :]
+    information = torch.special.xlogy(joint, joint / independent.clamp_min(1e-300)).sum((1, 2))
+    return int(information.where(kappa >= kappa.max() - _AS_GOOD, -torch.inf).argmax())
 
 
 def _k_means(points: np.ndarray, k: int, seed: int, n_init: int) -> KMeans:

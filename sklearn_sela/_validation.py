@@ -10,12 +10,16 @@ import numpy as np
 
 from sklearn_sela._backbones import BACKBONES
 
+CHANNELS_FIRST = "Put channels first: images.transpose(0, 3, 1, 2)."
+
 
 def check_parameters(estimator: Any) -> None:
     """Raise ValueError or TypeError for the first parameter out of range."""
     whole = {"n_clusters": 1, "n_heads": 1, "n_views": 0, "max_epochs": 1, "batch_size": 1}
-    for name, low in {**whole, "verbose": 0}.items():
+    for name, low in whole.items():
         _check_number(name, getattr(estimator, name), Integral, low)
+    if not isinstance(estimator.verbose, bool | np.bool_):
+        _check_number("verbose", estimator.verbose, Integral, 0)
     if estimator.n_solves is not None:
         _check_number("n_solves", estimator.n_solves, Integral, 1)
     if estimator.over_clusters not in (None, "auto"):
@@ -29,7 +33,7 @@ def check_parameters(estimator: Any) -> None:
     _check_number("label_momentum", estimator.label_momentum, Real, 0, high=1)
     _check_choice("init", estimator.init, ["kmeans", "random"])
     _check_choice("lr_schedule", estimator.lr_schedule, ["one_cycle", "step"])
-    if not isinstance(estimator.soft_targets, bool):
+    if not isinstance(estimator.soft_targets, bool | np.bool_):
         raise TypeError(f"soft_targets must be a bool, got {estimator.soft_targets!r}.")
     if isinstance(estimator.backbone, str):
         _check_choice("backbone", estimator.backbone, ["auto", *BACKBONES], "or a torch module")
@@ -45,6 +49,7 @@ def check_parameters(estimator: Any) -> None:
 
 
 def cluster_sizes(estimator: Any) -> str | np.ndarray:
+    """The parameter of this name, resolved: its name, or shares that sum to one."""
     if isinstance(estimator.cluster_sizes, str):
         _check_choice(
             "cluster_sizes", estimator.cluster_sizes, ["learned", "balanced"], "an array of shares"
@@ -54,12 +59,16 @@ def cluster_sizes(estimator: Any) -> str | np.ndarray:
         sizes = np.asarray(estimator.cluster_sizes, dtype=np.float64)
     except (TypeError, ValueError):
         sizes = np.array(np.nan)
-    if sizes.shape != (estimator.n_clusters,) or not np.isfinite(sizes).all() or (sizes <= 0).any():
+    valid = sizes.shape == (estimator.n_clusters,) and np.isfinite(sizes).all() and sizes.min() > 0
+    if valid:
+        sizes = sizes / sizes.max()  # first: the sum of large numbers may be infinite
+        valid = sizes.min() > 0
+    if not valid:
         raise ValueError(
             f"cluster_sizes must be 'learned', 'balanced' or n_clusters={estimator.n_clusters} "
             f"positive shares, got {estimator.cluster_sizes!r}."
         )
-    return sizes
+    return sizes / sizes.sum()
 
 
 def image_shape_of(
@@ -77,12 +86,25 @@ def image_shape_of(
         )
     if asked is not None and asked != shape:
         raise ValueError(f"image_shape={image_shape} does not match images of shape {shape} in X.")
-    if shape[2] in (1, 3, 4) and min(shape[:2]) > 4:
+    told = asked is not None and X.ndim > 2
+    if shape[2] in (1, 3, 4) and min(shape[:2]) > 4 and not told:
         raise ValueError(
             f"Images of shape {shape} read as {shape[0]} channels of {shape[1]} x {shape[2]} "
-            "pixels. Put channels first: images.transpose(0, 3, 1, 2)."
+            f"pixels. {CHANNELS_FIRST} If they are, pass X as (n_samples, *image_shape) with "
+            f"image_shape={shape}."
         )
     return shape
+
+
+def check_no_times(X: Any) -> None:
+    """Raise TypeError for dates or durations, in an array or in a column of a DataFrame."""
+    dtypes: Any = getattr(X, "dtypes", getattr(X, "dtype", None))  # a frame's, an array's
+    for dtype in np.ravel(dtypes):
+        if getattr(dtype, "kind", None) in ("m", "M"):
+            raise TypeError(
+                f"X has dtype {dtype}, but features must be numbers: turn dates and durations "
+                "into some, such as seconds since the first, or the hour of the day."
+            )
 
 
 def as_image(shape: Any) -> tuple[int, int, int]:

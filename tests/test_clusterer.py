@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import random
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import load_digits, make_blobs
 from sklearn.linear_model import LogisticRegression
@@ -263,6 +265,21 @@ def test_verbose_prints_a_line_an_epoch(capsys):
     assert lines[-1].split()[:3] == ["epoch", "4/4", "clusters"]
 
 
+def test_verbose_may_be_a_bool(capsys):
+    clusterer(verbose=True, max_epochs=1).fit(BLOBS)
+    assert capsys.readouterr().out.startswith("epoch")
+    clusterer(verbose=False, max_epochs=1).fit(BLOBS)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_soft_targets_may_be_a_bool_of_numpy(soft):
+    one, two = (
+        clusterer(soft_targets=s, over_clusters=None).fit(BLOBS) for s in (soft, np.bool_(soft))
+    )
+    assert_same_fit(one, two)
+
+
 def test_silent_by_default(capsys):
     clusterer().fit(BLOBS)
     assert capsys.readouterr() == ("", "")
@@ -275,6 +292,14 @@ def test_cluster_k_gets_the_share_k(shares):
     expected = np.array(shares) / np.sum(shares)
     for labels in (estimator.labels_, *estimator.self_labels_):
         np.testing.assert_allclose(np.bincount(labels, minlength=2) / 300, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("unit", [1e308, 1e-300])
+def test_shares_may_be_of_any_unit(unit):
+    one = clusterer(cluster_sizes=[1, 1, 1, 1], max_epochs=2).fit(BLOBS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_fit(clusterer(cluster_sizes=[unit] * 4, max_epochs=2).fit(BLOBS), one)
 
 
 def test_given_shares_hold_against_the_data():
@@ -507,6 +532,82 @@ def test_predicting_from_disk_takes_little_memory(large):
     with Peak() as memory:
         estimator.predict(large)
     assert memory.rise < 100e6
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("n", [12, 20, 60])
+@pytest.mark.parametrize("centers", [[[0, 0], [20, 0]], [[0, 0], [20, 0], [0, 20]]], ids=len)
+def test_blobs_of_few_rows_are_found(centers, n, seed):
+    k = len(centers)
+    X, y = make_blobs([n // k] * k, centers=centers, random_state=seed)
+    assert clustering_accuracy(y, SelfLabelClusterer(k, random_state=0).fit_predict(X)) == 1
+
+
+def test_wide_frames_fit_without_a_warning_whatever_the_output_set():
+    X = np.random.default_rng(0).normal(size=(100, 60))
+    plain = clusterer(max_epochs=2).fit(X)
+    with config_context(transform_output="pandas"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        framed = clusterer(max_epochs=2).fit(pd.DataFrame(X).add_prefix("x"))
+    assert_same_fit(framed, plain)
+
+
+# Modes of torch
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES = {
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["vectors", "images"])
+def test_modes_of_torch_change_no_bit(kind, mode, request):
+    estimator = request.getfixturevalue(kind)
+    X, k = {"vectors": (BLOBS, 4), "images": (IMAGES, 10)}[kind]
+    expected = estimator.predict_proba(X)
+    with MODES[mode]():
+        dtype = torch.get_default_dtype()
+        again = clusterer(k).fit(X)
+        found = again.predict_proba(X), again.transform(X)
+        assert torch.get_default_dtype() == dtype
+    assert_same_fit(again, estimator)
+    np.testing.assert_array_equal(found[0], expected)
+    np.testing.assert_array_equal(found[1], estimator.transform(X))
+
+
+class Double(nn.Linear):
+    """A backbone whose features are of its own precision."""
+
+    def forward(self, x):
+        return super().forward(x).double()
+
+
+@pytest.mark.parametrize(
+    "backbone", [nn.Linear(6, 8).double(), nn.Linear(6, 8).half(), Double(6, 8)]
+)
+def test_backbones_of_other_precision_are_fitted_in_float32(backbone):
+    estimator = clusterer(backbone=backbone).fit(BLOBS)
+    assert {p.dtype for p in estimator.network_.parameters()} == {torch.float32}
+    assert estimator.transform(BLOBS).dtype == np.float32
+
+
+def test_views_of_other_precision_are_converted(vectors):
+    plain = clusterer(augment=lambda x: x).fit(BLOBS)
+    assert_same_fit(clusterer(augment=lambda x: x.double()).fit(BLOBS), plain)
 
 
 # Reproducibility

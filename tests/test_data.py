@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits, make_blobs
+from sklearn.exceptions import ConvergenceWarning
 
-from sklearn_sela import _data
+from sklearn_sela import SelfLabelClusterer, _data
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
 
 CPU = torch.device("cpu")
@@ -69,6 +72,36 @@ def test_scaler_keeps_what_float64_resolves_beside_a_large_offset():
     X = vectors() + 1.7e9
     expected = (X - X.mean(0)) / X.std(0)
     np.testing.assert_allclose(Scaler(X, None)(X, CPU).numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("offset", [0, 1.7e9])
+@pytest.mark.parametrize("rows", [1, 7, 50])
+def test_scaler_of_parts_is_that_of_the_whole(monkeypatch, rows, offset):
+    monkeypatch.setattr(_data, "_CHUNK", 6 * rows)
+    X = vectors() + offset
+    scaler = Scaler(X, None)
+    np.testing.assert_allclose(scaler.shift, X.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(scaler.scale, X.std(0), rtol=1e-6)
+
+
+def test_scaler_sees_a_feature_that_varies_in_few_of_many_rows(tmp_path):
+    X = np.lib.format.open_memmap(tmp_path / "X.npy", "w+", np.float32, (12_000, 700))
+    X[:2, 0] = 1e6
+    expected = X[:, 0].std(dtype=np.float64)
+    estimator = SelfLabelClusterer(
+        2, over_clusters=None, n_neighbors=0, max_epochs=1, augment=None, init="random"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        estimator.fit(X)
+    assert estimator._scaler.scale[0] == pytest.approx(expected)
+
+
+def test_scaler_of_a_constant_feature_does_not_add_up_rounding():
+    X = np.full((1_000_000, 2), 0.1)
+    X[:, 1] = rng().normal(size=len(X))
+    scaler = Scaler(X, None)
+    assert (scaler.shift[0], scaler.scale[0]) == (0.1, 1.0)
 
 
 def test_scaler_gives_each_channel_unit_standard_deviation():

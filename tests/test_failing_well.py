@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from torch import nn
 
-from sklearn_sela import SelfLabelClusterer, _recipe, _training
+from sklearn_sela import SelfLabelClusterer, _data, _recipe, _training
 
 IMAGES = load_digits().images[:200]
 FLAT = IMAGES.reshape(200, -1)
@@ -129,6 +129,45 @@ def test_channels_last_image_shape_of_flat_rows_gets_a_hint():
         clusterer(image_shape=(8, 8, 1)).fit(FLAT)
 
 
+@pytest.mark.parametrize("width", [1, 3, 4])
+def test_narrow_images_are_taken_where_image_shape_says_that_channels_are_first(width):
+    X = np.random.default_rng(0).normal(size=(40, 6, 8, width))
+    with pytest.raises(ValueError, match=rf"image_shape=\(6, 8, {width}\)"):
+        clusterer(2).fit(X)
+    estimator = clusterer(2, image_shape=(6, 8, width), max_epochs=1).fit(X)
+    assert estimator.predict(X).shape == (40,)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_channels_last_images_get_a_hint_at_predict(channels):
+    X = np.repeat(IMAGES[:40, None], channels, axis=1)
+    estimator = clusterer(2, max_epochs=1).fit(X)
+    with pytest.raises(ValueError, match=r"transpose\(0, 3, 1, 2\)"):
+        estimator.predict(X.transpose(0, 2, 3, 1))
+
+
+TIMES = np.arange(80).reshape(40, 2)
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        TIMES.astype("datetime64[s]"),
+        TIMES.astype("timedelta64[s]"),
+        TIMES.reshape(40, 2, 1).astype("datetime64[s]"),
+        TIMES.astype("datetime64[s]").tolist(),
+        pd.DataFrame({"a": TIMES[:, 0], "b": pd.to_datetime(TIMES[:, 1])}),
+        pd.DataFrame({"a": pd.to_timedelta(TIMES[:, 0]), "b": pd.to_timedelta(TIMES[:, 1])}),
+        pd.DataFrame({"a": pd.to_datetime(TIMES[:, 0], utc=True)}),
+    ],
+    ids=["dates", "durations", "images", "list", "frame", "frame of durations", "time zone"],
+)
+def test_dates_and_durations_are_refused_with_advice(X, fitted_vectors):
+    for call in (clusterer(2).fit, fitted_vectors.predict):
+        with pytest.raises(TypeError, match=r"dates|datetime"):
+            call(X)
+
+
 @pytest.mark.parametrize(
     "image_shape", [64, (64,), (1, 1, 8, 8), (0, 64), (-8, -8), (8.0, 8), "88"]
 )
@@ -173,6 +212,12 @@ def test_constant_data_fit_with_a_warning(X):
         labels = clusterer().fit(X).labels_
     assert "only 1 distinct rows, fewer than n_clusters=4" in str(caught[0].message)
     assert labels.shape == (50,)
+
+
+def test_distinct_rows_are_those_of_the_rows_looked_at(monkeypatch):
+    monkeypatch.setattr(_data, "REFERENCE_ROWS", 30)
+    with pytest.warns(ConvergenceWarning, match="among the 30 rows looked at, only"):
+        clusterer().fit(np.repeat(BLOBS[:3], 50, axis=0))
 
 
 def test_rows_of_fewer_kinds_than_clusters_fit_with_a_warning():
@@ -222,6 +267,7 @@ BAD = {
         [1, 1, 1, -1],
         [1, 1, 1, np.nan],
         [1, 1, 1, np.inf],
+        [1e-300, 1e300, 1, 1],
         ["a"] * 4,
         np.ones((4, 1)),
     ],
@@ -273,6 +319,49 @@ def test_convnet_on_vectors_is_refused_with_advice():
 def test_backbone_that_returns_no_module_is_refused():
     with pytest.raises(TypeError, match="backbone returned int, not a torch module"):
         clusterer(backbone=lambda: 3).fit(BLOBS)
+
+
+class Makes(nn.Module):
+    """A backbone that makes what it is told to."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.linear = make, nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.make(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda x: (x, x), "tuple"),
+        (lambda x: x.detach().numpy(), "ndarray"),
+        (lambda x: x.sum(), r"\(\)"),
+        (lambda x: x[:1], r"\(1, 8\).*\(2, 6\)"),
+        (lambda x: x.flatten(), r"\(16,\)"),
+        (lambda x: x[:, :0], r"\(2, 0\)"),
+    ],
+)
+def test_backbone_that_makes_no_features_is_refused(make, word):
+    with pytest.raises((TypeError, ValueError), match=f"backbone must return.*{word}"):
+        clusterer(backbone=Makes(make)).fit(BLOBS)
+
+
+@pytest.mark.parametrize(
+    ("augment", "word"),
+    [
+        (lambda x: (x, x), "tuple"),
+        (lambda x: x.numpy(), "ndarray"),
+        (lambda x: None, "NoneType"),
+        (lambda x: x.sum(), r"\(\)"),
+        (lambda x: x[1:], "rows"),
+        (lambda x: torch.cat([x, x]), "rows"),
+    ],
+)
+def test_augment_that_makes_no_views_is_refused(augment, word):
+    with pytest.raises((TypeError, ValueError), match=f"augment must return.*{word}"):
+        clusterer(augment=augment).fit(BLOBS)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # 3 rows: collapse
