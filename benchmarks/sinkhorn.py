@@ -29,7 +29,7 @@ import torch
 
 SIZES = ["50000x10", "50000x128", "20000x3000", "200000x1000"]
 GPU_SIZES = [*SIZES, "1281167x3000", "1281167x3000:bfloat16"]
-REG, TOL = 0.04, 1e-3  # lambda = 25, the paper's; L1 error of the cluster shares
+REG, TOL = 0.04, 3e-4  # lambda = 25, the paper's; L1 error of the cluster shares, the default
 PEER_ENTRIES = 10_000_000  # POT is measured up to here: beyond, it takes many minutes
 
 
@@ -166,7 +166,7 @@ def measure(size: str) -> None:
 
 
 def against_pot(log_p: np.ndarray, cold: float) -> list[str]:
-    """POT's solvers to about the same error; theirs is the L2 norm of what ours is the L1."""
+    """POT's solvers to an error of 1e-3; theirs is the L2 norm of what ours is the L1."""
     import ot
 
     n, k = log_p.shape
@@ -174,7 +174,7 @@ def against_pot(log_p: np.ndarray, cold: float) -> list[str]:
     for name in ("sinkhorn_log", "sinkhorn_stabilized"):
         start = time.perf_counter()
         getattr(ot.bregman, name)(
-            np.full(n, 1 / n), np.full(k, 1 / k), cost, REG, numItermax=2000, stopThr=TOL / k**0.5
+            np.full(n, 1 / n), np.full(k, 1 / k), cost, REG, stopThr=1e-3 / k**0.5, warn=False
         )
         seconds = time.perf_counter() - start
         out.append(f"  POT {name} {seconds:.2f} s: x {seconds / cold:.0f}")

@@ -80,7 +80,7 @@ class Reader:
         self.dtype = torch.float64 if exact or sharp else torch.float32
         self.n = scores.n
         self.r = as_shares(sample_weight, self.n, "sample_weight", self.device)
-        self._w = (self.r[:1] if sample_weight is None else self.r).mul(self.n).float()
+        self._w = None if sample_weight is None else (self.r * self.n).float()
         # A small matrix is cleaned once and kept, a large one a chunk at a time in each read.
         self._kept: Tensor | None = None
         if self._fused is None and scores.whole() and self.n * self.k <= _CHUNK:
@@ -93,7 +93,7 @@ class Reader:
         for rows, tiles in self._tiles(asks):
             for i, (ask, tile) in enumerate(zip(asks, tiles, strict=True)):
                 if self._fused is not None and not ask.gram:
-                    w = self._w if len(self._w) == 1 else self._w[rows]
+                    w = None if self._w is None else self._w[rows]
                     m = self._fused.column_sums(tile, rows, ask, w) / self.n
                     found[i] = Sums(found[i].m + m)
                 else:

@@ -113,41 +113,42 @@ def scan(s, top, first, step):  # type: ignore[no-untyped-def]
 
 
 @njit(**_COMPILE)
+def _largest_exponents(s, a, g, base, start, stop):  # type: ignore[no-untyped-def]
+    for i in range(start, stop):
+        high = _LOW
+        for j in range(s.shape[1]):
+            high = _max(high, _F(s[i, j]) * a + g[j])
+        base[i] = high
+
+
+@njit(**_COMPILE)
 def column_sums(s, a, g, weight, base, refresh, parts, first, step):  # type: ignore[no-untyped-def]
-    """Into parts, by block: sum over rows of weight * softmax of (a * s + g) * log 2.
+    """Into parts, by block: sum over rows of weight (None: 1) * softmax of (a * s + g) * log 2.
 
     ``base`` holds what is taken off the exponents of each row so that they do not overflow:
-    about their maximum, which ``refresh`` finds anew. Two rows at a time share the reads of
-    g and of the sums.
+    about their maximum, which ``refresh`` finds anew. A row is added to the sums in the loop
+    that reads its successor: by then the total of its exponentials is known.
     """
     n, k = s.shape
-    e, e_next = np.empty(k, np.float32), np.empty(k, np.float32)
-    sums = np.empty(k, np.float32)
-    several = len(weight) > 1
+    e, sums = np.empty(k, np.float32), np.empty(k, np.float32)
     for block in range(first, len(parts), step):
-        stop = min((block + 1) * ROWS, n)
-        sums[:] = _F(0)
-        for i in range(block * ROWS, stop, 2):
-            after = min(i + 1, stop - 1)  # beyond the last row it is repeated, weightless
-            if refresh:
-                high, high_next = _LOW, _LOW
-                for j in range(k):
-                    high = _max(high, _F(s[i, j]) * a + g[j])
-                    high_next = _max(high_next, _F(s[after, j]) * a + g[j])
-                base[i], base[after] = high, high_next
-            total, total_next = _F(0), _F(0)
-            off, off_next = base[i], base[after]
+        start, stop = block * ROWS, min((block + 1) * ROWS, n)
+        if refresh:
+            _largest_exponents(s, a, g, base, start, stop)
+        e[:], sums[:], w = _F(0), _F(0), _F(0)
+        for i in range(start, stop):
+            off, total = base[i], _F(0)
             for j in range(k):
+                sums[j] += w * e[j]
                 x = _exp2(_F(s[i, j]) * a + (g[j] - off))
-                x_next = _exp2(_F(s[after, j]) * a + (g[j] - off_next))
-                e[j], e_next[j] = x, x_next
-                total, total_next = total + x, total_next + x_next
-            w = weight[i * several] / total
-            w_next = weight[after * several] / total_next if after > i else _F(0)
-            for j in range(k):
-                sums[j] += w * e[j] + w_next * e_next[j]
+                e[j] = x
+                total += x
+            w = _F(1)
+            if weight is not None:
+                w = weight[i]
+            w /= total
         for j in range(k):
-            parts[block, j] = sums[j]
+            parts[block, j] = sums[j] + w * e[j]
 
 
 @njit(**_COMPILE)
@@ -194,8 +195,8 @@ class FusedReads:
         largest = max(-found[:, 0].min(), found[:, 1].max())
         return float(found[:, 2].max()), float(largest)
 
-    def column_sums(self, tile: Tensor, rows: slice, ask: Any, weight: Tensor) -> Tensor:
-        """Sum over the rows of weight * softmax: (K,) float64."""
+    def column_sums(self, tile: Tensor, rows: slice, ask: Any, weight: Tensor | None) -> Tensor:
+        """Sum over the rows of weight (None: 1) * softmax: (K,) float64."""
         a, g = ask.powers()
         if rows.start == 0:
             self._drifted[ask.head] = self._drift(ask) > _DRIFT
@@ -203,7 +204,8 @@ class FusedReads:
                 self._at[ask.head] = ask
         parts = np.empty((-(-len(tile) // ROWS), tile.shape[1]))
         offsets = self._offsets[ask.head][rows]
-        rest = (weight.numpy(), offsets, self._drifted[ask.head], parts)
+        w = None if weight is None else weight.numpy()
+        rest = (w, offsets, self._drifted[ask.head], parts)
         self._in_threads(column_sums, tile.numpy(), np.float32(a), g.numpy(), *rest)
         return torch.from_numpy(parts.sum(0))
 

@@ -20,7 +20,7 @@ _PER_PROCESSOR = 4  # programs a streaming multiprocessor: enough to hide the me
 
 @triton.jit
 def _column_sums(  # type: ignore[no-untyped-def]
-    s, g, weight, parts, n, k, stride, a, several, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+    s, g, weight, parts, n, k, stride, a, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
     column = tl.arange(0, COLUMNS)
     inside = column < k
@@ -33,15 +33,18 @@ def _column_sums(  # type: ignore[no-untyped-def]
         z = tl.load(here, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
         z = tl.where(inside[None, :], z * a + shift[None, :], float("-inf"))
         e = tl.exp2(z - tl.max(z, 1)[:, None])
-        w = tl.load(weight + row * several, mask=live, other=0.0) / tl.sum(e, 1)
+        w = live.to(tl.float32)
+        if weight is not None:
+            w *= tl.load(weight + row, mask=live, other=0.0)
+        w /= tl.sum(e, 1)
         sums += tl.sum(e * w[:, None], 0)
     tl.store(parts + tl.program_id(0) * k + column, sums, mask=inside)
 
 
-def column_sums(s: Tensor, a: float, g: Tensor, weight: Tensor) -> Tensor:
-    """Sum over rows of weight * softmax of (a * s + g) * log 2: (K,) float64.
+def column_sums(s: Tensor, a: float, g: Tensor, weight: Tensor | None) -> Tensor:
+    """Sum over rows of weight (None: 1) * softmax of (a * s + g) * log 2: (K,) float64.
 
-    s is (n, K) of any float type, g (K,) and weight (n,) or (1,) float32.
+    s is (n, K) of any float type, g (K,) and weight (n,) float32.
     """
     n, k = s.shape
     s = s if s.stride(1) == 1 else s.contiguous()
@@ -49,8 +52,8 @@ def column_sums(s: Tensor, a: float, g: Tensor, weight: Tensor) -> Tensor:
     rows = max(1, _TILE // columns)
     programs = min(triton.cdiv(n, rows), _PER_PROCESSOR * _processors(s.device))
     parts = torch.empty(programs, k, device=s.device, dtype=torch.float32)
-    several, warps = int(len(weight) > 1), 8 if columns >= 4096 else 4
-    sizes = (n, k, s.stride(0), a, several, columns, rows)
+    warps = 8 if columns >= 4096 else 4
+    sizes = (n, k, s.stride(0), a, columns, rows)
     _column_sums[(programs,)](s, g, weight, parts, *sizes, num_warps=warps)
     return parts.double().sum(0)
 

@@ -47,7 +47,7 @@ def sinkhorn_labels(
     reg_m: float = math.inf,
     max_share: Any = None,
     exact_sizes: bool = False,
-    tol: float = 1e-3,
+    tol: float = 3e-4,
     max_iter: int = 1000,
     potential: Any = None,
     return_assignment: bool = False,
@@ -104,8 +104,9 @@ def sinkhorn_labels(
         Move as many labels as it takes, the cheapest ones, for cluster sizes that are exactly
         ``n_samples`` times the shares, rounded to whole samples (equal sizes differ by one at
         most); with ``max_share``, sizes within the bounds. ``rounding_cost`` says at what cost.
-    tol : float, default=1e-3
-        Stop once the L1 distance of the cluster shares from their optimum is at most this.
+    tol : float, default=3e-4
+        Stop once the L1 distance of the cluster shares from their optimum is at most this: it
+        bounds the share of samples that are labelled differently, had it been 0.
     max_iter : int, default=1000
         Most reads of the scores over all levels; a ``ConvergenceWarning`` says when they ran
         out, and the best potential seen is kept.

@@ -176,15 +176,15 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for n, k in [(1, 1), (5, 3), (900, 10), (70, 128), (9, 3000)]:
         scores, v = (3 * torch.randn(n, k)).to(dtype), torch.randn(k)
         q = ((scores.double() + v) / 0.04).softmax(1)
-        for weight in (torch.ones(1), torch.rand(n)):
+        for weight in (None, torch.rand(n)):
             scale = math.log2(math.e) / 0.04
             sums = _kernels_triton.column_sums(scores, scale, scale * v, weight)
-            expected = (weight.double().expand(n)[:, None] * q).sum(0)
+            expected = ((1 if weight is None else weight[:, None].double()) * q).sum(0)
             assert (sums - expected).abs().max() <= 1e-5 * expected.sum(), (dtype, n, k)
 wide = torch.randn(20, 64)
 assert torch.allclose(
-    _kernels_triton.column_sums(wide.T, 1.0, torch.zeros(20), torch.ones(1)),
-    _kernels_triton.column_sums(wide.T.contiguous(), 1.0, torch.zeros(20), torch.ones(1)),
+    _kernels_triton.column_sums(wide.T, 1.0, torch.zeros(20), None),
+    _kernels_triton.column_sums(wide.T.contiguous(), 1.0, torch.zeros(20), None),
 )
 _kernels._fused_reads = lambda scores: _kernels_triton.FusedReads(scores.n_heads)
 scores = torch.randn(300, 6)
