@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Passive waits: torch's and scikit-learn's threads do not fight over a busy machine's cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench-recipe clean
+.PHONY: demo test lint bench-recipe bench-sinkhorn clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/plot_digits.py
@@ -20,9 +20,9 @@ lint: $(VENV)/installed
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-bench-recipe: $(VENV)/installed
+bench-recipe bench-sinkhorn: bench-%: $(VENV)/installed
 	$(BIN)/pip install -q -e .[benchmark]
-	$(BIN)/python benchmarks/recipe.py
+	$(BIN)/python benchmarks/$*.py
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)

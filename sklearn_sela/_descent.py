@@ -90,10 +90,10 @@ def _descend(start: Ask, marginal: Exact, used: Tensor, tol: float, max_iter: in
 
     whose gradient is m - t: the shares of the current solution less their target. Sinkhorn's
     step, v += reg * log(c / m) for exact sizes, is a fixed-point map; Anderson acceleration
-    [4]_ combines the last few iterates so that their residuals cancel best. It is kept only
-    while the error falls, which it does under the plain step: after a failure the plain step
-    follows, from the last point trusted. Where even that crawls (sharp problems, in which
-    rows change cluster one at a time), damped Newton steps finish.
+    (Walker, Ni 2011) combines the last few iterates so that their residuals cancel best. It is
+    kept only while the error falls, which it does under the plain step: after a failure the
+    plain step follows, from the last point trusted. Where even that crawls (sharp problems, in
+    which rows change cluster one at a time), damped Newton steps finish.
 
     A generator: yields where it wants to know the sums over the rows, and is sent them.
     """

@@ -19,11 +19,11 @@ def read_labels(reader: Reader, asks: list[Ask], limit: float | None) -> list[Te
     for ask, labels in zip(asks, reader.largest(asks), strict=True):
         if (labels < 0).any():
             _split_ties(reader, ask, labels)
-        live = torch.nonzero(reader.r > 0).flatten()
-        if limit is not None and len(live) * (1 - limit) > 1 - 1e-9:  # owed to other clusters
-            top = int(labels[live[0]])
-            if (labels[live] == top).all():
-                _split_collapse(reader, ask, labels, live, top)
+        live = reader.r > 0
+        if limit is not None and int(live.sum()) * (1 - limit) > 1 - 1e-9:  # owed to others
+            top = int(labels[live.int().argmax()])
+            if ((labels == top) | ~live).all():
+                _split_collapse(reader, ask, labels, torch.nonzero(live).flatten(), top)
         out.append(labels)
     return out
 

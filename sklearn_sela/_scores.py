@@ -113,12 +113,13 @@ class Scores:
 
 
 @contextlib.contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """float32 products in float32 within: TF32 would stall the solver far from its tolerance."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

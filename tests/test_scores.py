@@ -221,6 +221,25 @@ def test_products_are_in_full_precision_and_the_setting_is_restored():
         torch.set_float32_matmul_precision(before)
 
 
+def test_results_are_the_same_in_any_of_torchs_modes():
+    features = torch.tensor(FEATURES)
+    head = (torch.tensor(WEIGHT), torch.tensor(BIAS))
+    plain = sinkhorn_labels(features, head=head, reg=0.5)
+    assert plain.marginal_error.dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = sinkhorn_labels(features, head=head, reg=0.5)
+    with torch.inference_mode():
+        inference = sinkhorn_labels(features, head=head, reg=0.5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = sinkhorn_labels(features, head=head, reg=0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for other in (autocast, inference, double):
+        assert torch.equal(other.labels, plain.labels)
+        assert torch.equal(other.potential, plain.potential)
+
+
 # --- what arrays may be ---------------------------------------------------------------------
 
 
