@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Generator
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from sklearn_sela._kernels import Ask, Reader, Sums
-from sklearn_sela._marginals import Exact
+from sklearn_sela._marginals import Exact, Vector
 
 _MEMORY = 5  # earlier iterates that an accelerated step combines
 _RIDGE = 1e-5  # of the combination, relative to the residual
@@ -27,19 +27,19 @@ _SCALING = 4.0  # factor between two levels of entropic regularisation
 _SPREAD = 64.0  # of the scores, in units of reg, that one level can do with
 _LEVEL_ITER = 100  # most reads of a level but the last
 
-Solver = Generator[Ask, Sums, tuple[Tensor, int, float]]
+Solver = Generator[Ask, Sums, tuple[Vector, int, float]]
 
 
 def solve(
     reader: Reader,
-    starts: list[Tensor],
+    starts: list[Vector],
     marginal: Exact,
-    used: Tensor,
+    used: NDArray[np.bool_],
     reg: float,
     tol: float,
     max_iter: int,
     warm: bool,
-) -> list[tuple[Tensor, int, float]]:
+) -> list[tuple[Vector, int, float]]:
     """(potential on the used clusters, reads, L1 error) of each head, from its start.
 
     The heads' solvers run side by side: each round of asks is one read of the scores.
@@ -52,7 +52,7 @@ def solve(
         for t, v in enumerate(starts)
     ]
     asks = {t: next(solver) for t, solver in enumerate(solvers)}
-    solved: dict[int, tuple[Tensor, int, float]] = {}
+    solved: dict[int, tuple[Vector, int, float]] = {}
     while asks:
         for t, sums in zip(list(asks), reader.sums(list(asks.values())), strict=True):
             try:
@@ -66,7 +66,7 @@ def solve(
 def _anneal(
     start: Ask,
     marginal: Exact,
-    used: Tensor,
+    used: NDArray[np.bool_],
     levels: int,
     coarse: float,
     tol: float,
@@ -83,7 +83,9 @@ def _anneal(
     return v, n_iter, error
 
 
-def _descend(start: Ask, marginal: Exact, used: Tensor, tol: float, max_iter: int) -> Solver:
+def _descend(
+    start: Ask, marginal: Exact, used: NDArray[np.bool_], tol: float, max_iter: int
+) -> Solver:
     """Minimise the convex semi-dual
 
         F(v) = reg * sum_i r_i logsumexp((s_i + v) / reg) + (the marginal's part),
@@ -97,14 +99,14 @@ def _descend(start: Ask, marginal: Exact, used: Tensor, tol: float, max_iter: in
 
     A generator: yields where it wants to know the sums over the rows, and is sent them.
     """
-    reg, v, weight = start.reg, start.v, marginal.c.sqrt()
-    memory: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MEMORY + 1)
+    reg, v, weight = start.reg, start.v, np.sqrt(marginal.c)
+    memory: deque[tuple[Vector, Vector]] = deque(maxlen=_MEMORY + 1)
     best_v, best, trusted, plain = v, math.inf, math.inf, True
     checked = math.inf
     for n in range(1, max_iter + 1):
         sums = yield start._replace(v=in_all(v, used))
         m = sums.m[used]
-        error = float((m - marginal.target(v, m)).abs().sum())
+        error = float(np.abs(m - marginal.target(v, m)).sum())
         if error < best:
             best_v, best = v, error
         if best <= tol or n == max_iter:
@@ -128,40 +130,43 @@ def _descend(start: Ask, marginal: Exact, used: Tensor, tol: float, max_iter: in
     return best_v, n, best
 
 
-def _accelerated(memory: deque[tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
+def _accelerated(memory: deque[tuple[Vector, Vector]], weight: Vector) -> Vector:
     """Anderson's combination of (point, residual) pairs, the last plus its residual if alone."""
     v, g = memory[-1]
     if len(memory) == 1:
         return v + g
-    points, residuals = (torch.stack(pair, 1) for pair in zip(*memory, strict=True))
-    dv, dg, now = points.diff(dim=1), weight[:, None] * residuals.diff(dim=1), weight * g
+    points, residuals = (np.stack(pair, axis=1) for pair in zip(*memory, strict=True))
+    dv, dg = np.diff(points), np.diff(residuals)
     # A ridge: residuals that hardly change (starved clusters) call for no giant leap.
-    ridge = _RIDGE * now.norm() * torch.eye(dg.shape[1], dtype=dg.dtype)
-    system = torch.cat([dg, ridge])
-    mix = torch.linalg.lstsq(system, torch.cat([now, now.new_zeros(len(ridge))])[:, None]).solution
-    return v + g - ((dv + residuals.diff(dim=1)) @ mix)[:, 0]
+    ridge = _RIDGE * np.linalg.norm(weight * g) * np.eye(dg.shape[1])
+    system = np.concatenate([weight[:, None] * dg, ridge])
+    mix = np.linalg.lstsq(system, np.concatenate([weight * g, np.zeros(len(ridge))]))[0]
+    return v + g - (dv + dg) @ mix
 
 
 class _Point(NamedTuple):
     """The semi-dual at v: shares m, their target t, L1 error, value and Q'RQ."""
 
-    v: Tensor
-    m: Tensor
-    t: Tensor
+    v: Vector
+    m: Vector
+    t: Vector
     error: float
     value: float
-    gram: Tensor
+    gram: NDArray[np.float64]
 
 
-def _newton(start: Ask, marginal: Exact, used: Tensor, tol: float, max_iter: int) -> Solver:
+def _newton(
+    start: Ask, marginal: Exact, used: NDArray[np.bool_], tol: float, max_iter: int
+) -> Solver:
     """Newton steps with Levenberg-Marquardt damping, kept only when they improve."""
 
-    def at(v: Tensor) -> Generator[Ask, Sums, _Point]:
+    def at(v: Vector) -> Generator[Ask, Sums, _Point]:
         sums = yield start._replace(v=in_all(v, used), gram=True)
         assert sums.gram is not None
         m, value = sums.m[used], sums.value + marginal.value(v)
         t = marginal.target(v, m)
-        return _Point(v, m, t, float((m - t).abs().sum()), value, sums.gram[used][:, used])
+        gram = sums.gram[np.ix_(used, used)]
+        return _Point(v, m, t, float(np.abs(m - t).sum()), value, gram)
 
     here = best = yield from at(start.v)
     mu, n = 1e-4, 1
@@ -180,21 +185,21 @@ def _newton(start: Ask, marginal: Exact, used: Tensor, tol: float, max_iter: int
     return best.v, n, best.error
 
 
-def _newton_step(p: _Point, marginal: Exact, reg: float, mu: float) -> Tensor:
+def _newton_step(p: _Point, marginal: Exact, reg: float, mu: float) -> Vector:
     """Solve (Hessian + mu * scale) step = -gradient, for the clusters that may move."""
-    d = (p.m + p.t).sqrt()  # in this scale tiny clusters are not singular
-    hessian = (torch.diag(p.m) - p.gram) / reg + marginal.curvature(p.m, p.t, reg)
-    hessian = hessian / torch.outer(d, d) + torch.diag(torch.full_like(d, mu / reg))
+    d = np.sqrt(p.m + p.t)  # in this scale tiny clusters are not singular
+    hessian = (np.diag(p.m) - p.gram) / reg + marginal.curvature(p.m, p.t, reg)
+    hessian = hessian / np.outer(d, d) + mu / reg * np.eye(len(d))
     moves = marginal.moving(p.v, p.m)
-    step = torch.zeros_like(p.v)
+    step = np.zeros_like(p.v)
     slope = ((p.t - p.m) / d)[moves]
-    step[moves] = torch.linalg.solve(hessian[moves][:, moves], slope) / d[moves]
+    step[moves] = np.linalg.solve(hessian[np.ix_(moves, moves)], slope) / d[moves]
     return step
 
 
-def in_all(v: Tensor, used: Tensor) -> Tensor:
+def in_all(v: Vector, used: NDArray[np.bool_]) -> Vector:
     """The potential of all clusters: -inf for those that get nothing."""
-    full = torch.full(used.shape, -math.inf, dtype=torch.float64)
+    full = np.full(len(used), -math.inf)
     full[used] = v
     return full
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sklearn_sela._scores import Scores
@@ -31,22 +32,22 @@ class Ask(NamedTuple):
     """A point at which a solver wants to know the sums over all rows."""
 
     head: int
-    v: Tensor  # potential: (K,) float64 on the CPU, -inf for clusters that get nothing
+    v: NDArray[np.float64]  # potential, (K,); -inf for clusters that get nothing
     reg: float
     gram: bool = False
 
-    def powers(self) -> tuple[float, Tensor]:
-        """(a, g) such that q is proportional to 2 ** (a * s + g); g (K,) float32."""
+    def powers(self) -> tuple[float, NDArray[np.float32]]:
+        """(a, g) such that q is proportional to 2 ** (a * s + g); g (K,)."""
         scale = math.log2(math.e) / self.reg
-        return scale, (self.v * scale).clamp_min(-1e30).float()
+        return scale, np.maximum(self.v * scale, -1e30).astype(np.float32)
 
 
 class Sums(NamedTuple):
     """With q_i = softmax((s_i + v) / reg) and weights r_i that sum to one."""
 
-    m: Tensor  # cluster shares, sum_i r_i q_i: (K,) float64 on the CPU
+    m: NDArray[np.float64]  # cluster shares, sum_i r_i q_i: (K,)
     value: float = 0.0  # reg * sum_i r_i logsumexp((s_i + v) / reg), if gram was asked for
-    gram: Tensor | None = None  # sum_i r_i q_i q_i': (K, K)
+    gram: NDArray[np.float64] | None = None  # sum_i r_i q_i q_i': (K, K)
 
 
 class Reader:
@@ -89,20 +90,28 @@ class Reader:
 
     def sums(self, asks: list[Ask]) -> list[Sums]:
         """What is asked for, several heads in one pass over the source."""
-        found = [Sums(torch.zeros(self.k, dtype=torch.float64, device=self.device))] * len(asks)
+        m = torch.zeros(len(asks), self.k, dtype=torch.float64, device=self.device)
+        values = [0.0] * len(asks)
+        grams = [m.new_zeros(self.k, self.k) if ask.gram else None for ask in asks]
         for rows, tiles in self._tiles(asks):
-            for i, (ask, tile) in enumerate(zip(asks, tiles, strict=True)):
-                if self._fused is not None and not ask.gram:
+            for i, (ask, tile, gram) in enumerate(zip(asks, tiles, grams, strict=True)):
+                if self._fused is not None and gram is None:
                     w = None if self._w is None else self._w[rows]
-                    m = self._fused.column_sums(tile, rows, ask, w) / self.n
-                    found[i] = Sums(found[i].m + m)
-                else:
-                    for part, z in self._exponents(tile, rows, ask):
-                        found[i] = self._plain_sums(found[i], z, self.r[part], ask)
-        tiny = torch.finfo(torch.float32).tiny  # the log of a starved share is finite
+                    m[i] += self._fused.column_sums(tile, rows, ask, w) / self.n
+                    continue
+                for part, z in self._exponents(tile, rows, ask):
+                    q = z.softmax(1)
+                    rq = self.r[part, None].to(q.dtype) * q
+                    m[i] += rq.sum(0).double()
+                    if gram is not None:
+                        gram += (rq.T @ q).double()
+                        values[i] += float((self.r[part] * z.logsumexp(1).double()).sum())
+        tiny = np.finfo(np.float32).tiny  # the log of a starved share is finite
         return [
-            Sums(m.cpu().clamp_min(tiny), value, None if gram is None else gram.cpu())
-            for m, value, gram in found
+            Sums(share, ask.reg * value, None if gram is None else gram.cpu().numpy())
+            for share, ask, value, gram in zip(
+                np.maximum(m.cpu().numpy(), tiny), asks, values, grams, strict=True
+            )
         ]
 
     def exponents(self, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
@@ -153,7 +162,7 @@ class Reader:
 
     def _exponents(self, tile: Tensor, rows: slice, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
         """(rows, (s + v) / reg), whose softmax is the solution, a chunk at a time."""
-        shift = (ask.v / ask.reg).to(self.device, self.dtype)
+        shift = torch.from_numpy(ask.v / ask.reg).to(self.device, self.dtype)
         step = max(1, _CHUNK // self.k)
         for start in range(0, len(tile), step):
             part = slice(rows.start + start, min(rows.start + start + step, rows.stop))
@@ -161,16 +170,6 @@ class Reader:
                 yield part, self._kept[part] / ask.reg + shift
             else:
                 yield part, self._clean(tile[start : start + step]).div_(ask.reg).add_(shift)
-
-    def _plain_sums(self, before: Sums, z: Tensor, r: Tensor, ask: Ask) -> Sums:
-        q = z.softmax(1)
-        rq = r[:, None].to(q.dtype) * q
-        m = before.m + rq.sum(0).double()
-        if not ask.gram:
-            return Sums(m)
-        value = before.value + ask.reg * float((r * z.logsumexp(1).double()).sum())
-        gram = (rq.T @ q).double()
-        return Sums(m, value, gram if before.gram is None else before.gram + gram)
 
 
 def as_shares(weights: Any, size: int, name: str, device: torch.device | None = None) -> Tensor:

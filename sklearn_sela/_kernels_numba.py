@@ -21,7 +21,7 @@ from torch import Tensor
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
-_TOGETHER = 1 << 18  # entries, from which on threads are worth starting
+_TOGETHER = 1 << 21  # entries, from which on a second thread is worth waking
 _DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
 _F = np.float32
 _LOW, _HIGH = _F(-3e38), _F(3e38)
@@ -206,14 +206,14 @@ class FusedReads:
         offsets = self._offsets[ask.head][rows]
         w = None if weight is None else weight.numpy()
         rest = (w, offsets, self._drifted[ask.head], parts)
-        self._in_threads(column_sums, tile.numpy(), np.float32(a), g.numpy(), *rest)
+        self._in_threads(column_sums, tile.numpy(), np.float32(a), g, *rest)
         return torch.from_numpy(parts.sum(0))
 
     def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
         """Into out the largest entry of each row, -1 less it where there are ties."""
         a, g = ask.powers()
         index, gap = np.arange(len(g), dtype=np.float32), np.float32(tie * math.log2(math.e))
-        self._in_threads(labels, tile.numpy(), np.float32(a), g.numpy(), index, out.numpy(), gap)
+        self._in_threads(labels, tile.numpy(), np.float32(a), g, index, out.numpy(), gap)
         return True
 
     def _drift(self, ask: Any) -> float:
@@ -221,9 +221,9 @@ class FusedReads:
         last, (a, g) = self._at[ask.head], ask.powers()
         if last is None:  # the row maxima of the scan, for a potential of 0
             self._offsets[ask.head] = np.concatenate(self._offsets[ask.head]) * np.float32(a)
-            self._at[ask.head] = last = ask._replace(v=torch.zeros_like(ask.v))
+            self._at[ask.head] = last = ask._replace(v=np.zeros_like(ask.v))
         used = ask.v > -math.inf
-        moved = float((g - last.powers()[1])[used].abs().max())
+        moved = float(np.abs((g - last.powers()[1])[used]).max())
         return moved if ask.reg == last.reg else math.inf
 
     def _in_threads(self, function: Any, *arguments: Any) -> list[Any]:

@@ -76,7 +76,7 @@ class FusedReads:
     def column_sums(self, tile: Tensor, rows: slice, ask: Any, weight: Tensor) -> Tensor:
         """Sum over the rows of weight * softmax: (K,) float64."""
         a, g = ask.powers()
-        return column_sums(tile, a, g.to(tile.device), weight)
+        return column_sums(tile, a, torch.from_numpy(g).to(tile.device), weight)
 
     def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
         """Left to torch."""

@@ -9,34 +9,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp, softmax
+
+Vector = NDArray[np.float64]  # of one number per cluster
 
 
 @dataclass(frozen=True)
 class Exact:
     """Shares equal to c. Dual term -<c, v>."""
 
-    c: Tensor
+    c: Vector
 
-    def target(self, v: Tensor, m: Tensor) -> Tensor:
+    def target(self, v: Vector, m: Vector) -> Vector:
         return self.c
 
-    def step(self, v: Tensor, m: Tensor, reg: float) -> Tensor:
-        moved = v + reg * (self.c.log() - m.log())
+    def step(self, v: Vector, m: Vector, reg: float) -> Vector:
+        moved = v + reg * np.log(self.c / m)
         return moved - self.c @ moved  # a constant shift changes nothing: mean 0
 
-    def value(self, v: Tensor) -> float:
+    def value(self, v: Vector) -> float:
         return -float(self.c @ v)
 
-    def curvature(self, m: Tensor, t: Tensor, reg: float) -> Tensor:
-        return torch.outer(m + t, m + t) / reg  # none; but a constant shift is flat: pin it
+    def curvature(self, m: Vector, t: Vector, reg: float) -> Vector:
+        return np.outer(m + t, m + t) / reg  # none; but a constant shift is flat: pin it
 
-    def clip(self, v: Tensor) -> Tensor:
+    def clip(self, v: Vector) -> Vector:
         return v
 
-    def moving(self, v: Tensor, m: Tensor) -> Tensor:
-        return torch.ones_like(v, dtype=torch.bool)
+    def moving(self, v: Vector, m: Vector) -> NDArray[np.bool_]:
+        return np.ones(len(v), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -48,38 +51,38 @@ class Relaxed(Exact):
 
     reg_m: float
 
-    def _pull(self, v: Tensor) -> Tensor:
-        return self.c.log() - v / self.reg_m
+    def _pull(self, v: Vector) -> Vector:
+        return np.log(self.c) - v / self.reg_m
 
-    def target(self, v: Tensor, m: Tensor) -> Tensor:
-        return self._pull(v).softmax(0)
+    def target(self, v: Vector, m: Vector) -> Vector:
+        return softmax(self._pull(v))
 
-    def step(self, v: Tensor, m: Tensor, reg: float) -> Tensor:
-        moved = self.reg_m / (self.reg_m + reg) * (v + reg * (self.c.log() - m.log()))
+    def step(self, v: Vector, m: Vector, reg: float) -> Vector:
+        moved = self.reg_m / (self.reg_m + reg) * (v + reg * np.log(self.c / m))
         return moved - self.c @ moved
 
-    def value(self, v: Tensor) -> float:
-        return self.reg_m * float(self._pull(v).logsumexp(0))
+    def value(self, v: Vector) -> float:
+        return self.reg_m * float(logsumexp(self._pull(v)))
 
-    def curvature(self, m: Tensor, t: Tensor, reg: float) -> Tensor:
-        return super().curvature(m, t, reg) + (torch.diag(t) - torch.outer(t, t)) / self.reg_m
+    def curvature(self, m: Vector, t: Vector, reg: float) -> Vector:
+        return super().curvature(m, t, reg) + (np.diag(t) - np.outer(t, t)) / self.reg_m
 
 
 @dataclass(frozen=True)
 class Capped(Exact):
     """Shares of at most c: v <= 0, and v = 0 where there is room. Dual term -<c, v>."""
 
-    def target(self, v: Tensor, m: Tensor) -> Tensor:
-        return torch.where(v < 0, self.c, torch.minimum(m, self.c))
+    def target(self, v: Vector, m: Vector) -> Vector:
+        return np.where(v < 0, self.c, np.minimum(m, self.c))
 
-    def step(self, v: Tensor, m: Tensor, reg: float) -> Tensor:
-        return self.clip(v + reg * (self.c.log() - m.log()))
+    def step(self, v: Vector, m: Vector, reg: float) -> Vector:
+        return self.clip(v + reg * np.log(self.c / m))
 
-    def clip(self, v: Tensor) -> Tensor:
-        return (v - v.max().clamp_max(0.0)).clamp_max(0.0)  # some cluster has room
+    def clip(self, v: Vector) -> Vector:
+        return np.minimum(v - min(v.max(), 0.0), 0.0)  # some cluster has room
 
-    def moving(self, v: Tensor, m: Tensor) -> Tensor:
+    def moving(self, v: Vector, m: Vector) -> NDArray[np.bool_]:
         return (v < 0) | (m > self.c)
 
-    def curvature(self, m: Tensor, t: Tensor, reg: float) -> Tensor:
-        return torch.zeros(len(m), len(m)).to(m)
+    def curvature(self, m: Vector, t: Vector, reg: float) -> Vector:
+        return np.zeros((len(m), len(m)))

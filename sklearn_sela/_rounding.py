@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sklearn_sela._kernels import Ask, Reader
@@ -66,17 +68,16 @@ def _draw(q: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
 
 
-def size_limits(shares: Tensor, n: int) -> Tensor:
+def size_limits(shares: NDArray[np.float64], n: int) -> Tensor:
     """Rows that each cluster may get: n * shares, rounded down where n rows still fit.
 
     Else as many as are missing are rounded up, those with the largest remainders first.
     """
     ideal = shares * n
-    limits = (ideal * (1 + 1e-12)).floor().long()  # whole numbers, for all their rounding
-    short = n - int(limits.sum())
-    if short > 0:
-        limits[(ideal - limits).argsort(descending=True, stable=True)[:short]] += 1
-    return limits
+    limits = np.floor(ideal * (1 + 1e-12)).astype(np.int64)  # whole numbers, for all rounding
+    short = max(0, n - int(limits.sum()))
+    limits[np.argsort(limits - ideal, kind="stable")[:short]] += 1
+    return torch.from_numpy(limits)
 
 
 def round_labels(reader: Reader, ask: Ask, labels: Tensor, limits: Tensor) -> float:

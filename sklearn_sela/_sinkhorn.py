@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sklearn_sela._descent import in_all, solve
 from sklearn_sela._kernels import Ask, Reader, as_shares
-from sklearn_sela._marginals import Capped, Exact, Relaxed
+from sklearn_sela._marginals import Capped, Exact, Relaxed, Vector
 from sklearn_sela._rounding import read_labels, round_labels, size_limits
 from sklearn_sela._scores import Scores, full_precision
 
@@ -180,7 +181,7 @@ def sinkhorn_labels(
         reader = Reader(source, sample_weight, reg, tol)
         starts = _starts(potential, source, used, reg, reader.spread)
         if reg_m == 0:
-            solved = [(torch.zeros_like(v), 1, 0.0) for v in starts]
+            solved = [(np.zeros_like(v), 1, 0.0) for v in starts]
         else:
             warm = potential is not None
             solved = solve(reader, starts, marginal, used, reg, tol, max_iter, warm)
@@ -192,29 +193,29 @@ def sinkhorn_labels(
         labels = read_labels(reader, asks, limit)
         cost = None
         if exact_sizes:
-            shares = torch.zeros(source.k, dtype=torch.float64)
+            shares = np.zeros(source.k)
             shares[used] = marginal.c
             limits = size_limits(shares, reader.n)
             cost = [round_labels(reader, *pair, limits) for pair in zip(asks, labels, strict=True)]
         assignment = [_assignment(reader, ask) for ask in asks] if return_assignment else None
     iterations, converged = [n for _, n, _ in solved], [error <= tol for error in errors]
-    potentials = [ask.v.to(source.device) for ask in asks]
+    potentials = [torch.from_numpy(ask.v).to(source.device) for ask in asks]
     fields = (labels, potentials, iterations, errors, converged, assignment, cost)
     return SinkhornResult(*(_as_given(field, source) for field in fields))
 
 
-def _marginal(k: int, cluster_weights: Any, reg_m: float, max_share: Any) -> tuple[Exact, Tensor]:
+def _marginal(
+    k: int, cluster_weights: Any, reg_m: float, max_share: Any
+) -> tuple[Exact, NDArray[np.bool_]]:
     """What the shares should be, on the clusters that may get any, and which those are."""
     if max_share is None:
-        c = as_shares(cluster_weights, k, "cluster_weights").cpu()
+        c = as_shares(cluster_weights, k, "cluster_weights").cpu().numpy()
         used = c > 0
         return (Exact(c[used]) if math.isinf(reg_m) else Relaxed(c[used], reg_m)), used
     if cluster_weights is not None or not math.isinf(reg_m):
-        raise ValueError(
-            "max_share limits sizes that are free; leave out cluster_weights and reg_m."
-        )
-    limit = torch.as_tensor(max_share, dtype=torch.float64).cpu().expand(k).clone()
-    if not limit.isfinite().all() or (limit < 0).any() or limit.sum() < 1 - 1e-9:
+        raise ValueError("max_share limits free sizes: leave out cluster_weights and reg_m.")
+    limit = np.broadcast_to(_array(max_share), (k,))
+    if not np.isfinite(limit).all() or (limit < 0).any() or limit.sum() < 1 - 1e-9:
         raise ValueError(
             f"max_share={max_share!r} must be non-negative shares that add up to 1 or more over "
             f"the {k} clusters."
@@ -225,23 +226,25 @@ def _marginal(k: int, cluster_weights: Any, reg_m: float, max_share: Any) -> tup
 
 
 def _starts(
-    potential: Any, source: Scores, used: Tensor, reg: float, spread: float
-) -> list[Tensor]:
+    potential: Any, source: Scores, used: NDArray[np.bool_], reg: float, spread: float
+) -> list[Vector]:
     """The potential to start from, of each head, on the used clusters."""
     shape = (source.n_heads, source.k)
     if potential is None:
-        return [torch.zeros(int(used.sum()), dtype=torch.float64)] * source.n_heads
-    v = torch.as_tensor(potential if isinstance(potential, Tensor) else np.array(potential))
-    v = v.detach().cpu().double()
-    asked = shape if source.several else shape[1:]
-    if v.shape != asked or v.isnan().any() or (v == math.inf).any():
+        return [np.zeros(int(used.sum()))] * source.n_heads
+    v = _array(potential)
+    if v.shape != (shape if source.several else shape[1:]) or not (v < math.inf).all():
         each = f" for each of {shape[0]} heads" if source.several else ""
         raise ValueError(
             f"potential must be {shape[1]} numbers below +inf{each}, got {potential!r}."
         )
-    v = torch.where(v == -math.inf, 0.0, v).reshape(shape)[:, used]
-    v = v - v.amax(1, keepdim=True)
-    return list(v.clamp_min(-(spread + 1e3 * reg)))  # no solution lies further out
+    v = np.where(v == -math.inf, 0.0, v).reshape(shape)[:, used]
+    v = v - v.max(axis=1, keepdims=True)
+    return list(np.maximum(v, -(spread + 1e3 * reg)))  # no solution lies further out
+
+
+def _array(x: Any) -> NDArray[np.float64]:
+    return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
 
 
 def _assignment(reader: Reader, ask: Ask) -> Tensor:
@@ -260,8 +263,8 @@ def _as_given(heads: list[Any] | None, source: Scores) -> Any:
         return field if source.of_tensors else field.cpu().numpy()
     if not source.several:
         return heads[0]
-    field = np.array(heads)
-    return torch.from_numpy(field) if source.of_tensors else field
+    numbers = np.array(heads)
+    return torch.from_numpy(numbers) if source.of_tensors else numbers
 
 
 def _warn_not_converged(error: float, tol: float, max_iter: int) -> None:

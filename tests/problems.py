@@ -20,7 +20,7 @@ def network_scores(n, k, sharpness=10.0, seed=0):
     return log_softmax(sharpness * cosines).astype(np.float32)
 
 
-def oracle_plan(scores, reg, max_iter=20_000, tol=1e-9):
+def oracle_plan(scores, reg, max_iter=20_000, tol=1e-6):
     """Two-sided log-domain Sinkhorn in float64, balanced, through a falling reg; rows sum to 1."""
     s, (n, k) = scores.astype(np.float64), scores.shape
     g, level = np.zeros(k), max(reg, np.ptp(s) / 8)
