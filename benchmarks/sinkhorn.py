@@ -201,7 +201,7 @@ def against_pot(log_p: np.ndarray, cold: float) -> list[str]:
 
 
 def linear() -> None:
-    """Time per entry of cold solves, K = 100."""
+    """Time per entry of cold solves, K = 100, and of exact sizes beside them."""
     from sklearn_sela import sinkhorn_labels
 
     times = []
@@ -209,9 +209,14 @@ def linear() -> None:
         scores = network_scores(n, 100)
         seconds, result = timed(lambda: sinkhorn_labels(scores, reg=REG, tol=TOL), 7)  # noqa: B023
         times.append(seconds / scores.numel())
+        exact, rounded = timed(
+            lambda: sinkhorn_labels(scores, reg=REG, tol=TOL, exact_sizes=True),  # noqa: B023
+            3,
+        )
         print(
             f"{n:>9} x 100: {seconds:7.4f} s, {1e9 * times[-1]:.2f} ns an entry, "
-            f"{result.n_iter} reads, {1e9 * times[-1] / result.n_iter:.3f} ns an entry and read",
+            f"{result.n_iter} reads, {1e9 * times[-1] / result.n_iter:.3f} ns an entry and read; "
+            f"exact sizes {exact:7.4f} s, at {rounded.rounding_cost:.1e} a sample",
             flush=True,
         )
     print(f"longest over shortest: {max(times) / min(times):.2f}")

@@ -17,10 +17,12 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 from torch import Tensor
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
+_LINE = 16  # entries of float32 that come into the cache together
 _TOGETHER = 1 << 21  # entries, from which on a second thread is worth waking
 _DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
 _F = np.float32
@@ -75,6 +77,26 @@ def _not_finite(context, x):  # type: ignore[no-untyped-def]
         return builder.uitofp(builder.icmp_signed("==", exponent, i32(0x7F800000)), ir.FloatType())
 
     return types.float32(types.float32), code
+
+
+@intrinsic
+def _prefetch(context, s, i, j):  # type: ignore[no-untyped-def]
+    """Ask for s[i, j] to be brought into the cache, and go on meanwhile."""
+
+    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        i32, i64, pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+        array = make_array(s)(context, builder, args[0])
+        address = builder.ptrtoint(array.data, i64)
+        for axis in (0, 1):
+            stride = builder.extract_value(array.strides, axis)
+            address = builder.add(address, builder.mul(args[1 + axis], stride))
+        kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        to_read, keep_near, data = i32(0), i32(3), i32(1)
+        builder.call(function, [builder.inttoptr(address, pointer), to_read, keep_near, data])
+        return context.get_dummy_value()
+
+    return types.void(s, types.intp, types.intp), code
 
 
 @njit(inline="always")
@@ -137,6 +159,9 @@ def column_sums(s, a, g, weight, base, refresh, parts, first, step):  # type: ig
             _largest_exponents(s, a, g, base, start, stop)
         e[:], sums[:], w = _F(0), _F(0), _F(0)
         for i in range(start, stop):
+            if i + 1 < n:  # or the processor would wait for each new row
+                for j in range(0, k, _LINE):
+                    _prefetch(s, i + 1, j)
             off, total = base[i], _F(0)
             for j in range(k):
                 sums[j] += w * e[j]
