@@ -220,6 +220,6 @@ def _fused_reads(scores: Scores) -> Any:
         return None
     try:
         module = importlib.import_module(f"sklearn_sela._kernels_{name}")
-    except ImportError:
+    except (ImportError, RuntimeError):  # not installed, or no folder for numba to cache in
         return None
     return module.FusedReads(scores.n_heads) if scores.k <= module.WIDEST else None

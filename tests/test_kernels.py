@@ -111,6 +111,16 @@ def test_fused_and_plain_reads_give_the_same_labels(fused, options, request):
     assert abs(with_fused.n_iter - plain.n_iter) <= 2
 
 
+def test_fused_reads_that_cannot_be_loaded_are_done_without(fused, monkeypatch):
+    def no_cache(name):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    scores = network_scores(3000, 100)
+    expected = sinkhorn_labels(scores, tol=1e-5)
+    monkeypatch.setattr("sklearn_sela._kernels.importlib.import_module", no_cache)
+    assert (sinkhorn_labels(scores, tol=1e-5).labels == expected.labels).mean() > 0.999
+
+
 def test_scores_too_sharp_for_float32_are_read_in_float64(fused):
     scores = 1e6 * network_scores(3000, 100)
     reader = Reader(Scores(scores), None, REG, 1e-3)
