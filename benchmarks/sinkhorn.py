@@ -223,31 +223,31 @@ def linear() -> None:
 
 
 def memmap(gigabytes: float) -> None:
-    """A file of scores that is solved without holding it."""
-    from sklearn_sela import sinkhorn_labels
-
+    """A file of scores that is solved without holding it, by a process that does nothing else."""
     k, n = 1000, int(gigabytes * 1e9 / 4000)
     with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
-        file = np.lib.format.open_memmap(
-            Path(folder) / "scores.npy", mode="w+", dtype=np.float32, shape=(n, k)
-        )
+        path = Path(folder) / "scores.npy"
+        file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, k))
         part = network_scores(20_000, k).numpy()
         for start in range(0, n, len(part)):
             rows = file[start : start + len(part)]
             rows[:] = np.roll(part, start // len(part), axis=1)[: len(rows)]
         file.flush()
-        del file, rows, part
-        scores = np.load(Path(folder) / "scores.npy", mmap_mode="r")
-        reset_peak()
-        before = resident()
-        start = time.perf_counter()
-        result = sinkhorn_labels(scores, reg=REG, tol=TOL)
-        seconds = time.perf_counter() - start
-        print(
-            f"{n} x {k}, {scores.nbytes / 1e9:.1f} GB on disk: {seconds:.1f} s, {result.n_iter} "
-            f"reads, error {result.marginal_error:.1e}, {before / 1e6:.0f} MB resident before, "
-            f"{resident(peak=True) / 1e6:.0f} MB at most"
-        )
+        subprocess.run([sys.executable, __file__, "--file", path], check=True)
+
+
+def solve_file(path: str) -> None:
+    from sklearn_sela import sinkhorn_labels
+
+    scores = np.load(path, mmap_mode="r")
+    before, start = resident(), time.perf_counter()
+    result = sinkhorn_labels(scores, reg=REG, tol=TOL)
+    print(
+        f"{len(scores)} x {scores.shape[1]}, {scores.nbytes / 1e9:.1f} GB on disk: "
+        f"{time.perf_counter() - start:.1f} s, {result.n_iter} reads, error "
+        f"{result.marginal_error:.1e}, {before / 1e6:.0f} MB resident before, "
+        f"{resident(peak=True) / 1e6:.0f} MB at most"
+    )
 
 
 def real_scores(dataset: str) -> dict[str, np.ndarray]:
@@ -362,9 +362,12 @@ def main() -> None:
     parser.add_argument("--oracle", action="store_true")
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--file", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         measure(options.one)
+    elif options.file:
+        solve_file(options.file)
     elif options.linear:
         linear()
     elif options.memmap:
