@@ -61,16 +61,23 @@ class Scores:
                 raise ValueError(
                     f"blocks must be (rows, {self.width}) like the first, got {tuple(block.shape)}."
                 )
+            if 0 < self.n < start + len(block):  # kernels keep a place for known rows only
+                raise self._other_rows(f"{start + len(block)} or more")
             step = len(block)
             if self.heads is not None:
-                step = max(1, _BLOCK // max(self.k, self.width))
-            for part in block.split(step):
+                step = _BLOCK // max(self.k, self.width)
+            for part in block.split(max(1, step)) if len(block) else ():
                 rows = slice(start, start + len(part))
                 start = rows.stop
                 yield rows, [self._tile(part, head) for head in heads]
+        if start == 0:
+            raise ValueError("scores hold no rows.")
         if self.n not in (0, start):
-            raise ValueError(f"the blocks hold {start} rows, but held {self.n} when first read.")
+            raise self._other_rows(str(start))
         self.n = start
+
+    def _other_rows(self, found: str) -> ValueError:
+        return ValueError(f"the blocks hold {found} rows, but held {self.n} when first read.")
 
     def _tile(self, rows: Tensor, head: int) -> Tensor:
         if self.heads is None:

@@ -91,7 +91,7 @@ def test_blocks_solve_like_the_matrix(plain, kind):
 
 def test_blocks_of_few_rows_solve_like_the_matrix():
     scores = SCORES[:40, :5]
-    result = sinkhorn_labels(lambda: iter(np.array_split(scores, 7)))
+    result = sinkhorn_labels(lambda: iter(np.array_split(scores, 60)))  # some have none
     assert same(result, sinkhorn_labels(scores))
 
 
@@ -101,6 +101,8 @@ def test_blocks_must_be_alike_and_come_again():
         sinkhorn_labels(lambda: iter(halves))
     with pytest.raises(ValueError, match="at least one block"):
         sinkhorn_labels(lambda: iter([]))
+    with pytest.raises(ValueError, match="hold no rows"):
+        sinkhorn_labels(lambda: iter([SCORES[:0]]))
     calls = []
 
     def fewer_each_time():
@@ -109,6 +111,20 @@ def test_blocks_must_be_alike_and_come_again():
 
     with pytest.raises(ValueError, match=r"blocks hold \d+ rows, but held \d+ when"):
         sinkhorn_labels(fewer_each_time)
+
+
+@pytest.mark.parametrize("calls", [3, 4, 5])
+def test_blocks_that_grow_are_refused_before_their_rows_are_kept(calls):
+    count = []
+
+    def growing():
+        count.append(1)
+        yield SCORES[:4500]
+        if len(count) > calls:
+            yield SCORES[4500:]
+
+    with pytest.raises(ValueError, match="hold 5000 or more rows, but held 4500 when"):
+        sinkhorn_labels(growing)
 
 
 def test_errors_in_blocks_are_those_of_the_matrix():
