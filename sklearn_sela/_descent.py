@@ -205,6 +205,6 @@ def in_all(v: Vector, used: NDArray[np.bool_]) -> Vector:
 
 
 def _levels(spread: float, max_iter: int) -> int:
-    """Levels of reg above the last: far below the spread of the scores one is enough."""
+    """Levels of reg above the last: none, unless it is far below the spread of the scores."""
     levels = max(0, math.ceil(math.log(max(spread, 1.0) / _SPREAD, _SCALING)))
     return min(levels, max_iter - 1)  # one iteration each, at least

@@ -19,10 +19,7 @@ from torch import Tensor
 from sklearn_sela._scores import Scores
 
 _CHUNK = 1 << 20  # entries that the torch path works on at a time: bounds temporary memory
-_FUSED_FROM = (
-    1 << 18
-)  # entries of a problem, below which the fused reads are not worth their import
-_DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
+_FUSED_FROM = 1 << 18  # entries; below, fused reads are not worth their import
 _FUSED_TOL = 1e-5  # smallest tolerance that sums in float32 can tell
 _ROUNDING = 1e7  # largest exponent over tol that float32 can hold without moving shares by tol
 _TIE = 1e-6  # entries of the solution closer than this, relatively, are tied
@@ -78,7 +75,8 @@ class Reader:
             self._fused = None
         sharp = self.spread > _ROUNDING * tol * reg
         exact = scores.dtype == torch.float64 or not scores.dtype.is_floating_point
-        self.dtype = torch.float64 if exact or sharp else torch.float32
+        fine = tol < _FUSED_TOL
+        self.dtype = torch.float64 if exact or sharp or fine else torch.float32
         self.n = scores.n
         self.r = as_shares(sample_weight, self.n, "sample_weight", self.device)
         self._w = None if sample_weight is None else (self.r * self.n).float()
@@ -147,7 +145,7 @@ class Reader:
         for _, tiles in self.scores.blocks(heads):
             for head, tile in zip(heads, tiles, strict=True):
                 found = None if self._fused is None else self._fused.scan(tile, head)
-                spread, magnitude, bars = _scan(tile) if found is None else (*found, False)
+                spread, magnitude, bars = _scan_tile(tile) if found is None else (*found, False)
                 lowest, largest = min(lowest, -spread), max(largest, magnitude)
                 barred |= bars
         return lowest, largest, barred
@@ -186,7 +184,7 @@ def as_shares(weights: Any, size: int, name: str, device: torch.device | None = 
     return w / w.sum()
 
 
-def _scan(tile: Tensor) -> tuple[float, float, bool]:
+def _scan_tile(tile: Tensor) -> tuple[float, float, bool]:
     """(widest row, largest magnitude, whether -inf occurs), of finite entries."""
     widest, largest, barred = 0.0, 0.0, False
     for part in tile.split(max(1, _CHUNK // tile.shape[1])):

@@ -248,6 +248,8 @@ class FusedReads:
             self._offsets[ask.head] = np.concatenate(self._offsets[ask.head]) * np.float32(a)
             self._at[ask.head] = last = ask._replace(v=np.zeros_like(ask.v))
         used = ask.v > -math.inf
+        if (used != (last.v > -math.inf)).any():
+            return math.inf  # the maxima may be those of clusters that get nothing
         moved = float(np.abs((g - last.powers()[1])[used]).max())
         return moved if ask.reg == last.reg else math.inf
 

@@ -114,7 +114,7 @@ def _best_moves(
         z = z[rows]
         best, to = z.masked_fill(room <= 0, -torch.inf).max(1)
         own = z.gather(1, labels[rows + part.start, None])[:, 0]
-        found.append((rows + part.start, to, (own - best) * ask.reg))
+        found.append((rows + part.start, to, (own - best).clamp_min(0) * ask.reg))
     rows, to, loss = (torch.cat(columns) for columns in zip(*found, strict=True))
     return rows, to, loss
 

@@ -39,12 +39,14 @@ class Scores:
                 shape = tuple(self.source.shape)
                 raise ValueError(f"{what} must be a non-empty (n, K) matrix, got shape {shape}.")
         first = next(self._rows(), None)
-        if first is None:
-            raise ValueError("scores must yield at least one block of rows.")
+        if first is None or first.ndim != 2:
+            raise ValueError("scores must yield at least one block of rows, each a matrix.")
         self.device, self.dtype, self.width = first.device, first.dtype, first.shape[1]
         self.heads: tuple[Tensor, Tensor] | None = None
         self.n_heads, self.k, self.several = 1, self.width, False
         if head is not None:
+            if not isinstance(head, tuple | list) or len(head) != 2:
+                raise ValueError("head must be (weight, bias), with None for no bias.")
             self.heads, self.several = self._linear(*head)
             self.n_heads, self.k = self.heads[0].shape[:2]
             self.dtype = self.heads[0].dtype
@@ -92,12 +94,13 @@ class Scores:
         elif callable(self.source):
             for block in self.source():
                 rows = _readable(block)
-                yield rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
+                yield rows if isinstance(rows, Tensor) else torch.from_numpy(_known(np.array(rows)))
         else:
             # A copy of a block at a time: of pages that can be dropped, in a layout torch takes.
             step = max(1, _BLOCK // self.source.shape[1])
             for start in range(0, len(self.source), step):
-                yield torch.from_numpy(np.array(self.source[start : start + step], order="C"))
+                block = np.array(self.source[start : start + step], order="C")
+                yield torch.from_numpy(_known(block))
                 _drop_pages(self.source)
 
     def _linear(self, weight: Any, bias: Any) -> tuple[tuple[Tensor, Tensor], bool]:
@@ -122,28 +125,45 @@ class Scores:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 products in float32 within: TF32 would stall the solver far from its tolerance."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul: Any = getattr(backend, "matmul", None)
+    each = hasattr(matmul, "fp32_precision")  # since torch 2.9, where the old call may raise
+    before = matmul.fp32_precision if each else torch.get_float32_matmul_precision()
+
+    def put(precision: str) -> None:
+        if each:
+            matmul.fp32_precision = precision
+        else:
+            torch.set_float32_matmul_precision(precision)
+
+    put("ieee" if each else "highest")
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        put(before)
 
 
 def _readable(source: Any) -> Tensor | np.ndarray | Callable[[], Iterator[Any]]:
     """A tensor that shares memory where torch allows, else an array to be copied by blocks."""
-    if isinstance(source, Tensor):
-        return source.detach()
-    if callable(source):
+    if callable(source) and not isinstance(source, Tensor):
         return source
-    array = source if isinstance(source, np.ndarray) else np.asarray(source)
-    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8 or not array.dtype.isnative:
-        array = array.astype(np.float64)  # of what torch does not know, or an error
+    array = source if isinstance(source, np.ndarray | Tensor) else np.asarray(source)
+    if array.dtype.is_complex if isinstance(array, Tensor) else array.dtype.kind == "c":
+        raise ValueError(f"scores must be real numbers, got {array.dtype}.")
+    if isinstance(array, Tensor):
+        return array.detach()
     mapped = isinstance(array, np.memmap)
     if mapped or not array.flags.writeable or any(step < 0 for step in array.strides):
         return array
-    return torch.from_numpy(array)
+    return torch.from_numpy(_known(array))
+
+
+def _known(array: np.ndarray) -> np.ndarray:
+    """The array, as float64 if it is of a type that torch does not know."""
+    dtype = array.dtype
+    known = dtype.kind in "fiub" and dtype.itemsize <= 8 and dtype.isnative
+    return array if known else array.astype(np.float64)
 
 
 def _drop_pages(array: np.ndarray) -> None:

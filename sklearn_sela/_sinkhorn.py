@@ -1,6 +1,6 @@
 """Scores to labels: entropic optimal transport onto clusters of given sizes.
 
-Torch only; usable with any training loop. This file is the function that people call; the
+Needs no estimator; usable with any training loop. This file is the function that people call; the
 iteration is ``_descent``, where scores come from ``_scores``, how they are read ``_kernels``,
 what the cluster shares should be ``_marginals``, how the solution becomes labels ``_rounding``.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +105,8 @@ def sinkhorn_labels(
     exact_sizes : bool, default=False
         Move as many labels as it takes, the cheapest ones, for cluster sizes that are exactly
         ``n_samples`` times the shares, rounded to whole samples (equal sizes differ by one at
-        most); with ``max_share``, sizes within the bounds. ``rounding_cost`` says at what cost.
+        most); with ``max_share``, sizes within the bounds, rounded up where need be.
+        ``rounding_cost`` says at what cost.
     tol : float, default=3e-4
         Stop once the L1 distance of the cluster shares from their optimum is at most this. At
         the default, labels of real scores agree with exact ones in all but 1 row in 1,000.
@@ -115,7 +117,7 @@ def sinkhorn_labels(
         Start from the potential of an earlier, similar problem; (n_heads, n_clusters) with
         several heads.
     return_assignment : bool, default=False
-        Also return the soft assignment, which takes as much memory as the scores.
+        Also return the soft assignment, float32 or, where that is not enough, float64.
     warn : bool, default=True
         Warn when not converged. A training loop that solves again soon, from this
         potential, may prefer to read ``converged``.
@@ -173,6 +175,8 @@ def sinkhorn_labels(
     ]:
         if not ok:
             raise ValueError(f"{name}={value!r} is out of range.")
+    if not isinstance(max_iter, Integral):
+        raise ValueError(f"max_iter must be a whole number, got {max_iter!r}.")
     if exact_sizes and (sample_weight is not None or not math.isinf(reg_m)):
         raise ValueError("exact_sizes counts rows: leave out sample_weight and reg_m.")
     source = Scores(scores, head)
@@ -189,7 +193,8 @@ def sinkhorn_labels(
         errors = [error for _, _, error in solved]
         if max(errors) > tol and warn:
             _warn_not_converged(max(errors), tol, max_iter)
-        limit = float(marginal.c.max()) if math.isinf(reg_m) else None
+        # Exact sizes end a collapse by themselves, at the least cost.
+        limit = None if exact_sizes or math.isfinite(reg_m) else float(marginal.c.max())
         labels = read_labels(reader, asks, limit)
         cost = None
         if exact_sizes:
@@ -214,11 +219,12 @@ def _marginal(
         return (Exact(c[used]) if math.isinf(reg_m) else Relaxed(c[used], reg_m)), used
     if cluster_weights is not None or not math.isinf(reg_m):
         raise ValueError("max_share limits free sizes: leave out cluster_weights and reg_m.")
-    limit = np.broadcast_to(_array(max_share), (k,))
-    if not np.isfinite(limit).all() or (limit < 0).any() or limit.sum() < 1 - 1e-9:
+    limit = np.minimum(_array(max_share), 1.0)  # none gets more than all
+    limit = np.full(k, limit) if limit.ndim == 0 else limit
+    if limit.shape != (k,) or not (limit >= 0).all() or limit.sum() < 1 - 1e-9:
         raise ValueError(
-            f"max_share={max_share!r} must be non-negative shares that add up to 1 or more over "
-            f"the {k} clusters."
+            f"max_share={max_share!r} must be a share, or one for each cluster, that add up to 1 "
+            f"or more over the {k} clusters."
         )
     used = limit > 0
     tight = float(limit.sum()) <= 1 + 1e-9  # no room: the limits are the sizes

@@ -75,6 +75,20 @@ def test_fused_reads_know_clusters_that_get_nothing(fused):
     assert found[[0, 7]].max() < 1e-15
 
 
+@pytest.mark.parametrize("height", [4, 8, 100])
+def test_a_cluster_that_gets_nothing_may_dominate_the_scores(fused, height):
+    scores = network_scores(8192, 40) + height * np.eye(40, dtype=np.float32)[0]
+    bounds = np.append(0, np.full(39, 0.05))
+    for max_iter in (1, 1000):
+        result = sinkhorn_labels(
+            scores, max_share=bounds, potential=np.zeros(40), max_iter=max_iter, warn=False
+        )
+        m = shares(scores[:, 1:], np.asarray(result.potential)[1:])
+        v = np.asarray(result.potential)[1:]
+        error = np.abs(m - np.where(v < 0, bounds[1:], np.minimum(m, bounds[1:]))).sum()
+        assert result.marginal_error == pytest.approx(error, abs=1e-5)
+
+
 def test_fused_reads_take_columns_and_strides_of_a_larger_array(fused):
     wide = network_scores(3000, 220)
     for scores in (wide[:, ::2], wide[::-1][::-1][:, :110], np.asfortranarray(wide)):

@@ -43,6 +43,18 @@ def test_sizes_are_exact_and_the_cost_bounds_what_is_lost(n, k, scale, weighted,
     assert score >= best - result.rounding_cost - rounding
 
 
+def test_the_cost_bounds_what_is_lost_where_all_rows_prefer_one_cluster():
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        n, k = rng.integers(10, 40), rng.integers(2, 7)
+        scores = 10 ** rng.uniform(-4, 0) * rng.normal(size=(n, k))
+        weights = rng.uniform(0, 1, k) ** 4 + 1e-3
+        result = sinkhorn_labels(scores, reg=1.0, cluster_weights=weights, exact_sizes=True)
+        sizes = np.bincount(result.labels, minlength=k)
+        lost = best_score(scores, sizes) - scores[np.arange(n), result.labels].mean()
+        assert -1e-9 <= lost <= result.rounding_cost + 1e-9
+
+
 def test_the_cost_is_small_beside_the_regularisation():
     scores = network_scores(3000, 50)
     result = sinkhorn_labels(scores, exact_sizes=True)

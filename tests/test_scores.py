@@ -219,22 +219,36 @@ def test_unusable_head_raises_and_is_named(head, message):
         sinkhorn_labels(FEATURES, head=head)
 
 
+def test_precision_set_by_backend_is_no_obstacle():
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 has one precision for all")
+    code = """
+import torch
+from sklearn_sela import sinkhorn_labels
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+assert sinkhorn_labels(torch.randn(50, 4)).converged
+assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
+def test_complex_scores_raise(kind):
+    with pytest.raises(ValueError, match="real numbers"):
+        sinkhorn_labels(kind([[1j, 2], [3, 4]]))
+
+
 def test_products_are_in_full_precision_and_the_setting_is_restored():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")  # bfloat16 products, TF32 on a GPU
     try:
-        seen = []
-
-        def blocks():
-            seen.append(torch.get_float32_matmul_precision())
-            return iter([FEATURES])
-
-        sinkhorn_labels(blocks, head=(WEIGHT[0], BIAS[0]))
-        assert set(seen) <= {"highest", "medium"}
-        assert seen.count("highest") > 2
+        medium = sinkhorn_labels(FEATURES, head=(WEIGHT[0], BIAS[0]))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+    highest = sinkhorn_labels(FEATURES, head=(WEIGHT[0], BIAS[0]))
+    assert (medium.potential == highest.potential).all()
 
 
 def test_results_are_the_same_in_any_of_torchs_modes():

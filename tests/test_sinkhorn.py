@@ -518,6 +518,14 @@ def test_bounds_that_do_not_bind_are_the_plain_softmax():
     assert (result.potential == 0).all()
 
 
+@pytest.mark.parametrize("bounds", [np.inf, [0.5, 0.6, 1e20]])
+def test_bounds_beyond_all_samples_are_none(bounds):
+    scores = np.random.default_rng(6).normal(size=(100, 3)) - 50 * np.eye(3)[2]
+    result = sinkhorn_labels(scores, max_share=bounds, exact_sizes=True)
+    assert result.converged
+    assert np.bincount(result.labels, minlength=3)[2] == 0
+
+
 def test_bounds_without_room_are_the_sizes():
     scores = np.random.default_rng(6).normal(size=(40, 4))
     bounds = np.array([0.4, 0.3, 0.2, 0.1])
@@ -544,7 +552,7 @@ def test_bounded_value_is_that_of_the_linear_program():
     assert value == pytest.approx(-best.fun, abs=0.001 * math.log(k) + 1e-6)
 
 
-@pytest.mark.parametrize("bound", [0.2, [0.5, 0.4], [-0.1, 2], [np.nan, 1], [np.inf, 1]])
+@pytest.mark.parametrize("bound", [0.2, [0.5, 0.4], [-0.1, 2], [np.nan, 1], [1, 1, 1]])
 def test_bounds_that_leave_no_solution_raise(bound):
     with pytest.raises(ValueError, match=r"max_share=.* add up to 1 or more over the 2 clusters"):
         sinkhorn_labels(np.zeros((4, 2)), max_share=bound)
@@ -596,6 +604,12 @@ def test_max_iter_bounds_the_reads_of_any_problem(kind, max_iter):
         result = sinkhorn_labels(scores, max_iter=max_iter, warn=False, **options)
         assert 1 <= result.n_iter <= max_iter
         assert np.isfinite(result.marginal_error)
+
+
+def test_fine_tolerances_are_reached_from_float32_scores():
+    for scores in (np.ones((500, 7)), np.random.default_rng(0).normal(size=(200, 5))):
+        result = sinkhorn_labels(scores.astype(np.float32), reg=1e3, tol=1e-9, max_iter=50)
+        assert result.converged
 
 
 def test_singular_newton_systems_are_damped():
