@@ -139,7 +139,7 @@ def sinkhorn_labels(
 
     Notes
     -----
-    Large problems on a CPU are read about ten times as fast where numba is installed (the
+    Large problems on a CPU are solved 6 to 10 times as fast where numba is installed (the
     extra ``fast``), on a GPU where triton is. Results do not depend on the number of threads.
 
     References
