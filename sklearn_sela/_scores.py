@@ -29,9 +29,7 @@ class Scores:
 
     def __init__(self, source: Any, head: tuple[Any, Any] | None = None):
         self.source, self.n = _readable(source), 0  # rows: known once read
-        self.of_tensors = isinstance(
-            next(iter(source()), None) if callable(source) else source, Tensor
-        )
+        self.of_tensors = isinstance(source, Tensor)  # of a callable: what its blocks are
         if not callable(self.source):
             self.n = len(self.source) if self.source.ndim else 0
             if self.source.ndim != 2 or 0 in self.source.shape:
@@ -93,6 +91,7 @@ class Scores:
             yield self.source
         elif callable(self.source):
             for block in self.source():
+                self.of_tensors = isinstance(block, Tensor)
                 rows = _readable(block)
                 yield rows if isinstance(rows, Tensor) else torch.from_numpy(_known(np.array(rows)))
         else:
