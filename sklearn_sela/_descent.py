@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import lapack
 
 from sklearn_sela._kernels import Ask, Reader, Sums
 from sklearn_sela._marginals import Exact, Vector
@@ -135,13 +136,13 @@ def _accelerated(memory: deque[tuple[Vector, Vector]], weight: Vector) -> Vector
     v, g = memory[-1]
     if len(memory) == 1:
         return v + g
-    points, residuals = (np.stack(pair, axis=1) for pair in zip(*memory, strict=True))
-    dv, dg = np.diff(points), np.diff(residuals)
+    points, residuals = (np.array(vectors) for vectors in zip(*memory, strict=True))
+    dv, dg = points[1:] - points[:-1], residuals[1:] - residuals[:-1]
     # A ridge: residuals that hardly change (starved clusters) call for no giant leap.
-    ridge = _RIDGE * np.linalg.norm(weight * g) * np.eye(dg.shape[1])
-    system = np.concatenate([weight[:, None] * dg, ridge])
-    mix = np.linalg.lstsq(system, np.concatenate([weight * g, np.zeros(len(ridge))]))[0]
-    return v + g - (dv + dg) @ mix
+    n, b = len(dg), weight * g
+    system = np.concatenate([(weight * dg).T, _RIDGE * math.sqrt(b @ b) * np.eye(n)])
+    _, mix, _ = lapack.dgels(system, np.concatenate([b, np.zeros(n)]))
+    return v + g - mix[:n] @ (dv + dg)
 
 
 class _Point(NamedTuple):

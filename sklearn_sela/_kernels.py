@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,29 +90,32 @@ class Reader:
 
     def sums(self, asks: list[Ask]) -> list[Sums]:
         """What is asked for, several heads in one pass over the source."""
-        m = torch.zeros(len(asks), self.k, dtype=torch.float64, device=self.device)
-        values = [0.0] * len(asks)
-        grams = [m.new_zeros(self.k, self.k) if ask.gram else None for ask in asks]
+        reads = [self._read(ask) for ask in asks]
+        found: list[tuple[Any, ...]] = [()] * len(asks)
         for rows, tiles in self._tiles(asks):
-            for i, (ask, tile, gram) in enumerate(zip(asks, tiles, grams, strict=True)):
-                if self._fused is not None and gram is None:
-                    w = None if self._w is None else self._w[rows]
-                    m[i] += self._fused.column_sums(tile, rows, ask, w) / self.n
-                    continue
-                for part, z in self._exponents(tile, rows, ask):
-                    q = z.softmax(1)
-                    rq = self.r[part, None].to(q.dtype) * q
-                    m[i] += rq.sum(0).double()
-                    if gram is not None:
-                        gram += (rq.T @ q).double()
-                        values[i] += float((self.r[part] * z.logsumexp(1).double()).sum())
-        tiny = np.finfo(np.float32).tiny  # the log of a starved share is finite
-        return [
-            Sums(share, ask.reg * value, None if gram is None else gram.cpu().numpy())
-            for share, ask, value, gram in zip(
-                np.maximum(m.cpu().numpy(), tiny), asks, values, grams, strict=True
-            )
-        ]
+            for i, (read, tile) in enumerate(zip(reads, tiles, strict=True)):
+                of_tile = read(tile, rows)
+                found[i] = tuple(map(operator.add, found[i], of_tile)) if found[i] else of_tile
+        return [_as_sums(ask, *parts) for ask, parts in zip(asks, found, strict=True)]
+
+    def _read(self, ask: Ask) -> Callable[[Tensor, slice], tuple[Any, ...]]:
+        """What a tile adds: (shares,), or (shares, value, Gram matrix) if that was asked for."""
+        if self._fused is None or ask.gram:
+            return partial(self._plain_read, ask)
+        column_sums = self._fused.column_sums(ask, self._w)
+        return lambda tile, rows: (column_sums(tile, rows) / self.n,)
+
+    def _plain_read(self, ask: Ask, tile: Tensor, rows: slice) -> tuple[Any, ...]:
+        m, value = torch.zeros(self.k, dtype=torch.float64, device=self.device), 0.0
+        gram = m.new_zeros(self.k, self.k) if ask.gram else None
+        for part, z in self._exponents(tile, rows, ask):
+            q, r = z.softmax(1), self.r[part]
+            rq = r[:, None].to(q.dtype) * q
+            m += rq.sum(0).double()
+            if gram is not None:
+                gram += (rq.T @ q).double()
+                value += float((r * z.logsumexp(1).double()).sum())
+        return (m,) if gram is None else (m, value, gram)
 
     def exponents(self, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
         """(rows, (s + v) / reg less a number per row), a chunk at a time."""
@@ -168,6 +173,12 @@ class Reader:
                 yield part, self._kept[part] / ask.reg + shift
             else:
                 yield part, self._clean(tile[start : start + step]).div_(ask.reg).add_(shift)
+
+
+def _as_sums(ask: Ask, m: Any, value: float = 0.0, gram: Tensor | None = None) -> Sums:
+    m = m.cpu().numpy() if isinstance(m, Tensor) else m
+    m = np.maximum(m, np.finfo(np.float32).tiny)  # the log of a starved share is finite
+    return Sums(m, ask.reg * value, None if gram is None else gram.cpu().numpy())
 
 
 def as_shares(weights: Any, size: int, name: str, device: torch.device | None = None) -> Tensor:

@@ -8,6 +8,7 @@ the library's would keep the compiler from using vector registers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
+from numpy.typing import NDArray
 from torch import Tensor
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
@@ -207,8 +209,7 @@ class FusedReads:
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(max(1, self._threads - 1))  # idle until used
         self._offsets: list[Any] = [[] for _ in range(n_heads)]  # of each row's exponents
-        self._at: list[Any] = [None] * n_heads  # the ask they are right for
-        self._drifted = [False] * n_heads
+        self._right_at: list[Any] = [None] * n_heads  # the reg and powers they were found at
 
     def scan(self, tile: Tensor, head: int) -> tuple[float, float] | None:
         """(widest row, largest magnitude); None if not all scores are finite."""
@@ -220,19 +221,20 @@ class FusedReads:
         largest = max(-found[:, 0].min(), found[:, 1].max())
         return float(found[:, 2].max()), float(largest)
 
-    def column_sums(self, tile: Tensor, rows: slice, ask: Any, weight: Tensor | None) -> Tensor:
-        """Sum over the rows of weight (None: 1) * softmax: (K,) float64."""
+    def column_sums(self, ask: Any, weight: Tensor | None) -> Callable[[Tensor, slice], Any]:
+        """A read: sum over a tile's rows of weight (None: 1) * softmax at the ask, (K,)."""
         a, g = ask.powers()
-        if rows.start == 0:
-            self._drifted[ask.head] = self._drift(ask) > _DRIFT
-            if self._drifted[ask.head]:
-                self._at[ask.head] = ask
-        parts = np.empty((-(-len(tile) // ROWS), tile.shape[1]))
-        offsets = self._offsets[ask.head][rows]
-        w = None if weight is None else weight.numpy()
-        rest = (w, offsets, self._drifted[ask.head], parts)
-        self._in_threads(column_sums, tile.numpy(), np.float32(a), g, *rest)
-        return torch.from_numpy(parts.sum(0))
+        refresh = self._drifted(ask, a, g)
+        offsets = self._offsets[ask.head]
+
+        def read(tile: Tensor, rows: slice) -> NDArray[np.float64]:
+            parts = np.empty((-(-len(tile) // ROWS), len(g)))
+            w = None if weight is None else weight[rows].numpy()
+            rest = (g, w, offsets[rows], refresh, parts)
+            self._in_threads(column_sums, tile.numpy(), np.float32(a), *rest)
+            return parts.sum(0)
+
+        return read
 
     def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
         """Into out the largest entry of each row, -1 less it where there are ties."""
@@ -241,17 +243,18 @@ class FusedReads:
         self._in_threads(labels, tile.numpy(), np.float32(a), g, index, out.numpy(), gap)
         return True
 
-    def _drift(self, ask: Any) -> float:
-        """How far exponents may have moved since their offsets were right."""
-        last, (a, g) = self._at[ask.head], ask.powers()
-        if last is None:  # the row maxima of the scan, for a potential of 0
-            self._offsets[ask.head] = np.concatenate(self._offsets[ask.head]) * np.float32(a)
-            self._at[ask.head] = last = ask._replace(v=np.zeros_like(ask.v))
-        used = ask.v > -math.inf
-        if (used != (last.v > -math.inf)).any():
-            return math.inf  # the maxima may be those of clusters that get nothing
-        moved = float(np.abs((g - last.powers()[1])[used]).max())
-        return moved if ask.reg == last.reg else math.inf
+    def _drifted(self, ask: Any, a: float, g: NDArray[np.float32]) -> bool:
+        """Whether exponents may have moved too far since their offsets were right."""
+        head = ask.head
+        if self._right_at[head] is None:  # the row maxima of the scan, for a potential of 0
+            self._offsets[head] = np.concatenate(self._offsets[head]) * np.float32(a)
+            self._right_at[head] = ask.reg, np.zeros_like(g)
+        reg, before = self._right_at[head]
+        # A cluster that gets nothing has a power of -1e30: one more or less of them is far, too.
+        if ask.reg == reg and np.abs(g - before).max() <= _DRIFT:
+            return False
+        self._right_at[head] = ask.reg, g
+        return True
 
     def _in_threads(self, function: Any, *arguments: Any) -> list[Any]:
         """function(*arguments, i, n) in n threads; each takes every n-th block of rows."""

@@ -6,6 +6,7 @@ is written is one row of sums a program.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,10 +74,15 @@ class FusedReads:
     def scan(self, tile: Tensor, head: int) -> None:
         """Left to torch."""
 
-    def column_sums(self, tile: Tensor, rows: slice, ask: Any, weight: Tensor) -> Tensor:
-        """Sum over the rows of weight * softmax: (K,) float64."""
+    def column_sums(self, ask: Any, weight: Tensor | None) -> Callable[[Tensor, slice], Tensor]:
+        """A read: sum over a tile's rows of weight (None: 1) * softmax at the ask, (K,)."""
         a, g = ask.powers()
-        return column_sums(tile, a, torch.from_numpy(g).to(tile.device), weight)
+
+        def read(tile: Tensor, rows: slice) -> Tensor:
+            w = None if weight is None else weight[rows]
+            return column_sums(tile, a, torch.from_numpy(g).to(tile.device), w)
+
+        return read
 
     def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
         """Left to torch."""

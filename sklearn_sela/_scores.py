@@ -61,12 +61,13 @@ class Scores:
                 raise ValueError(
                     f"blocks must be (rows, {self.width}) like the first, got {tuple(block.shape)}."
                 )
-            if 0 < self.n < start + len(block):  # kernels keep a place for known rows only
-                raise self._other_rows(f"{start + len(block)} or more")
-            step = len(block)
-            if self.heads is not None:
-                step = _BLOCK // max(self.k, self.width)
-            for part in block.split(max(1, step)) if len(block) else ():
+            n = len(block)
+            if n == 0:
+                continue
+            if 0 < self.n < start + n:  # kernels keep a place for known rows only
+                raise self._other_rows(f"{start + n} or more")
+            step = max(1, _BLOCK // max(self.k, self.width))
+            for part in [block] if self.heads is None else block.split(step):
                 rows = slice(start, start + len(part))
                 start = rows.stop
                 yield rows, [self._tile(part, head) for head in heads]
