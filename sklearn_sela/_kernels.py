@@ -81,7 +81,8 @@ class Reader:
         self.dtype = torch.float64 if exact or sharp or fine else torch.float32
         self.n = scores.n
         self.r = as_shares(sample_weight, self.n, "sample_weight", self.device)
-        self._w = None if sample_weight is None else (self.r * self.n).float()
+        self.uniform = sample_weight is None
+        self._w = None if self.uniform else (self.r * self.n).float()
         # A small matrix is cleaned once and kept, a large one a chunk at a time in each read.
         self._kept: Tensor | None = None
         if self._fused is None and scores.whole() and self.n * self.k <= _CHUNK:

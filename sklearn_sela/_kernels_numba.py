@@ -25,6 +25,7 @@ from torch import Tensor
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
 _LINE = 16  # entries of float32 that come into the cache together
+_LONG = 512  # columns of rows that the processor does not fetch ahead well enough by itself
 _TOGETHER = 1 << 21  # entries, from which on a second thread is worth waking
 _DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
 _F = np.float32
@@ -146,12 +147,13 @@ def _largest_exponents(s, a, g, base, start, stop):  # type: ignore[no-untyped-d
 
 
 @njit(**_COMPILE)
-def column_sums(s, a, g, weight, base, refresh, parts, first, step):  # type: ignore[no-untyped-def]
+def column_sums(s, a, g, weight, ahead, base, refresh, parts, first, step):  # type: ignore[no-untyped-def]
     """Into parts, by block: sum over rows of weight (None: 1) * softmax of (a * s + g) * log 2.
 
     ``base`` holds what is taken off the exponents of each row so that they do not overflow:
     about their maximum, which ``refresh`` finds anew. A row is added to the sums in the loop
-    that reads its successor: by then the total of its exponentials is known.
+    that reads its successor: by then the total of its exponentials is known. ``ahead`` (else
+    None, for which numba compiles a faster loop without it) asks for that row's successor.
     """
     n, k = s.shape
     e, sums = np.empty(k, np.float32), np.empty(k, np.float32)
@@ -161,7 +163,7 @@ def column_sums(s, a, g, weight, base, refresh, parts, first, step):  # type: ig
             _largest_exponents(s, a, g, base, start, stop)
         e[:], sums[:], w = _F(0), _F(0), _F(0)
         for i in range(start, stop):
-            if i + 1 < n:  # or the processor would wait for each new row
+            if ahead is not None and i + 1 < n:
                 for j in range(0, k, _LINE):
                     _prefetch(s, i + 1, j)
             off, total = base[i], _F(0)
@@ -225,12 +227,13 @@ class FusedReads:
         """A read: sum over a tile's rows of weight (None: 1) * softmax at the ask, (K,)."""
         a, g = ask.powers()
         refresh = self._drifted(ask, a, g)
+        ahead = True if len(g) >= _LONG else None
         offsets = self._offsets[ask.head]
 
         def read(tile: Tensor, rows: slice) -> NDArray[np.float64]:
             parts = np.empty((-(-len(tile) // ROWS), len(g)))
             w = None if weight is None else weight[rows].numpy()
-            rest = (g, w, offsets[rows], refresh, parts)
+            rest = (g, w, ahead, offsets[rows], refresh, parts)
             self._in_threads(column_sums, tile.numpy(), np.float32(a), *rest)
             return parts.sum(0)
 

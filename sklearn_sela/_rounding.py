@@ -19,13 +19,13 @@ def read_labels(reader: Reader, asks: list[Ask], limit: float | None) -> list[Te
     """
     out = []
     for ask, labels in zip(asks, reader.largest(asks), strict=True):
-        if (labels < 0).any():
+        if labels.min() < 0:
             _split_ties(reader, ask, labels)
-        live = reader.r > 0
-        if limit is not None and int(live.sum()) * (1 - limit) > 1 - 1e-9:  # owed to others
-            top = int(labels[live.int().argmax()])
-            if ((labels == top) | ~live).all():
-                _split_collapse(reader, ask, labels, torch.nonzero(live).flatten(), top)
+        live = labels if reader.uniform else labels[reader.r > 0]
+        if limit is not None and len(live) * (1 - limit) > 1 - 1e-9:  # owed to others
+            least, most = live.aminmax()
+            if least == most:
+                _split_collapse(reader, ask, labels, int(most))
         out.append(labels)
     return out
 
@@ -47,12 +47,13 @@ def _split_ties(reader: Reader, ask: Ask, labels: Tensor) -> None:
         turn += len(rows)
 
 
-def _split_collapse(reader: Reader, ask: Ask, labels: Tensor, live: Tensor, top: int) -> None:
+def _split_collapse(reader: Reader, ask: Ask, labels: Tensor, top: int) -> None:
     """Every row prefers one cluster by a hair (all rows alike, say): no label would inform.
 
     So the proportions of the solution decide. The surest rows stay; the least sure of them
     leaves, as its share of top is at most the cluster's.
     """
+    live = torch.nonzero(reader.r > 0).flatten()
     sure = torch.cat([q[:, top] for _, q in reader.solution(ask)])[live]
     u = torch.zeros_like(reader.r)
     ranks = (torch.arange(len(live), device=u.device).to(u) + 0.5) / len(live)
