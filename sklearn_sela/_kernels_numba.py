@@ -116,24 +116,35 @@ def _exp2(t):  # type: ignore[no-untyped-def]
     return _times_power(p, whole)
 
 
+@njit(inline="always")
+def _row_of(k, value):  # type: ignore[no-untyped-def]
+    """k entries that start at a cache line: vectors that straddle two cost a sixth of a read."""
+    room = np.empty(k + _LINE, np.float32)
+    start = -room.ctypes.data % (4 * _LINE) // 4
+    row = room[start : start + k]
+    row[:] = value
+    return row
+
+
 @njit(**_COMPILE)
 def scan(s, top, first, step):  # type: ignore[no-untyped-def]
     """Largest entry of each row into top; returns (lowest, highest, widest row, not finite)."""
     n, k = s.shape
-    found = np.zeros(4, np.float32)
+    found, bad = np.zeros(4, np.float32), _row_of(k, _F(0))
     found[0], found[1] = _HIGH, _LOW
     for start in range(first * ROWS, n, step * ROWS):
         for i in range(start, min(start + ROWS, n)):
-            high, low, bad = _LOW, _HIGH, _F(0)
+            high, low = _LOW, _HIGH
             for j in range(k):
                 x = _F(s[i, j])
                 high, low = _max(high, x), _min(low, x)
-                bad = _max(bad, _not_finite(x))
+                bad[j] = _max(bad[j], _not_finite(x))
             top[i] = high
             found[0] = _min(found[0], low)
             found[1] = _max(found[1], high)
             found[2] = _max(found[2], high - low)
-            found[3] = _max(found[3], bad)
+    for j in range(k):
+        found[3] = _max(found[3], bad[j])
     return found
 
 
@@ -156,7 +167,7 @@ def column_sums(s, a, g, weight, ahead, base, refresh, parts, first, step):  # t
     None, for which numba compiles a faster loop without it) asks for that row's successor.
     """
     n, k = s.shape
-    e, sums = np.empty(k, np.float32), np.empty(k, np.float32)
+    e, sums, g = _row_of(k, _F(0)), _row_of(k, _F(0)), _row_of(k, g)
     for block in range(first, len(parts), step):
         start, stop = block * ROWS, min((block + 1) * ROWS, n)
         if refresh:
@@ -184,24 +195,26 @@ def column_sums(s, a, g, weight, ahead, base, refresh, parts, first, step):  # t
 def labels(s, a, g, index, out, tie, first, step):  # type: ignore[no-untyped-def]
     """Into out the first largest of a * s + g of each row; -1 less it if another is within tie.
 
-    ``index`` counts the columns as floats, which mix with scores in one vector register.
+    ``index`` counts the columns as floats, which mix with scores in one vector register. A row's
+    label is found in the loop that reads its successor: by then its largest entry is known.
     """
     n, k = s.shape
-    z = np.empty(k, np.float32)
+    z, g, index = _row_of(k, _F(0)), _row_of(k, g), _row_of(k, index)
     for start in range(first * ROWS, n, step * ROWS):
-        for i in range(start, min(start + ROWS, n)):
-            high = _LOW
-            for j in range(k):
-                x = _F(s[i, j]) * a + g[j]
-                z[j] = x
-                high = _max(high, x)
-            least = high - tie
-            best, close = _HIGH, _F(0)
+        stop, least = min(start + ROWS, n), _HIGH
+        for i in range(start, stop + 1):
+            row = min(i, stop - 1)
+            high, best, close = _LOW, _HIGH, _F(0)
             for j in range(k):
                 near = z[j] >= least
                 best = _min(best, index[j] if near else _HIGH)
                 close += _F(1) if near else _F(0)
-            out[i] = -1 - np.int64(best) if close > _F(1) else np.int64(best)
+                x = _F(s[row, j]) * a + g[j]
+                z[j] = x
+                high = _max(high, x)
+            if i > start:
+                out[i - 1] = -1 - np.int64(best) if close > _F(1) else np.int64(best)
+            least = high - tie
 
 
 class FusedReads:
