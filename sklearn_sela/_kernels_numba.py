@@ -174,7 +174,7 @@ def column_sums(s, a, g, weight, ahead, base, refresh, parts, first, step):  # t
             _largest_exponents(s, a, g, base, start, stop)
         e[:], sums[:], w = _F(0), _F(0), _F(0)
         for i in range(start, stop):
-            if ahead is not None and i + 1 < n:
+            if ahead is not None and i + 1 < n:  # or the processor would wait for each long row
                 for j in range(0, k, _LINE):
                     _prefetch(s, i + 1, j)
             off, total = base[i], _F(0)
