@@ -90,3 +90,34 @@ class Views:
                 f"{len(indices)} rows."
             )
         return view.float()
+
+    def nearest(self, k: int) -> Views:
+        """The same with at most k neighbours of each row."""
+        near = None if self.neighbors is None else self.neighbors[:, :k]
+        return Views(self.rows, self.augment, near, self.probability, self.generator)
+
+
+class FrozenViews:
+    """``views(indices)``: features of one of a few views of each row, drawn once for all.
+
+    ``features`` is (n_views, n, d), of the rows' views as ``embed`` sees them.
+    """
+
+    def __init__(
+        self,
+        embed: Callable[[Tensor], Tensor],
+        views: Callable[[Tensor], Tensor],
+        rows: Tensor,
+        n_views: int,
+        batch_rows: int,
+        generator: torch.Generator,
+    ):
+        self.generator = generator
+        with torch.no_grad():
+            parts = [[embed(views(r)) for r in rows.split(batch_rows)] for _ in range(n_views)]
+        self.features = torch.stack([torch.cat(part) for part in parts])
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        device, size = self.generator.device, (len(indices),)
+        pick = torch.randint(len(self.features), size, generator=self.generator, device=device)
+        return self.features[pick, indices]

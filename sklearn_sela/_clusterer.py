@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,29 @@ from sklearn.base import (
 )
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, check_memory, validate_data
 from torch import Tensor, nn
 
 from sklearn_sela._augment import ImageAugment, Jitter, Views
 from sklearn_sela._backbones import convnet, feature_width, mlp
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
 from sklearn_sela._device import one_thread, resolve_device, seeded
+from sklearn_sela._heads import meaning, view_agreement, view_joint
 from sklearn_sela._network import inference, rows_at_once
-from sklearn_sela._recipe import Recipe, fit_network
+from sklearn_sela._recipe import OVER_CLUSTER_ROWS, Recipe, Round, Rounds
+from sklearn_sela._selection import (
+    SAMPLED_ROWS,
+    SCORED_ROWS,
+    combined_score,
+    head_agreement,
+    silhouettes,
+)
 from sklearn_sela._training import LABEL_TOL, Schedule
 from sklearn_sela._validation import (
     CHANNELS_FIRST,
+    MOST_CLUSTERS,
     as_image,
+    candidates,
     check_no_times,
     check_parameters,
     cluster_sizes,
@@ -176,7 +187,7 @@ class SelfLabelClusterer(
 
     def __init__(
         self,
-        n_clusters: int = 8,
+        n_clusters: int | str | Sequence[int] = 8,
         *,
         n_heads: int = 3,
         over_clusters: int | str | None = "auto",
@@ -199,6 +210,7 @@ class SelfLabelClusterer(
         weight_decay: float = 5e-4,
         device: Any = "auto",
         random_state: Any = None,
+        memory: Any = None,
         verbose: int = 0,
     ):
         self.n_clusters = n_clusters
@@ -223,6 +235,7 @@ class SelfLabelClusterer(
         self.weight_decay = weight_decay
         self.device = device
         self.random_state = random_state
+        self.memory = memory
         self.verbose = verbose
 
     def fit(self, X: ArrayLike, y: Any = None) -> SelfLabelClusterer:
@@ -263,47 +276,47 @@ class SelfLabelClusterer(
     def _fit(self, X: ArrayLike, device: torch.device) -> SelfLabelClusterer:
         X = self._validate_rows(X, reset=True)
         n, n_values = len(X), math.prod(X.shape[1:])
-        if n < max(2, self.n_clusters):
-            raise ValueError(
-                f"n_samples={n} is too few for n_clusters={self.n_clusters}: at least one "
-                "sample per cluster, and 2 samples in all, are needed."
-            )
+        recipe = self._recipe(n)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         rng = np.random.default_rng(seed)
         vectors = self.image_shape_ is None
         scaler = Scaler(X if vectors else X[draw_rows(n, n_values, n, rng)], self.image_shape_)
         rows = Rows(X, scaler, device)
         geometry = Geometry(rows, n_values, rng)
-        self._warn_of_duplicates(geometry.points)
+        self._warn_of_duplicates(geometry.points, recipe.candidates[0])
         history: list[dict] = []
 
         def record(row: dict) -> None:
-            history.append({"epoch": len(history), **row})
+            if row["stage"] != "n_clusters":
+                row = {"epoch": len(history), **row}
+                history.append(row)
             if self.verbose:
-                print(_progress(history[-1], self.max_epochs), flush=True)
+                print(_progress(row, self.max_epochs), flush=True)
 
-        recipe = self._recipe(n)
-        ours = isinstance(self.backbone, str)
-        small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
-        with seeded(seed, device) as generator, one_thread(small):
+        with seeded(seed, device) as generator, one_thread(self._small(recipe)):
             backbone = self._make_backbone(n_values).to(device).float()
             n_features = feature_width(backbone, rows[slice(0, 2)])
-            augment = self._make_augment(geometry, generator, rng)
-            views = self._make_views(rows, geometry, augment, generator)
-            fitted = fit_network(
-                backbone, n_features, geometry, views, recipe, generator, seed, record
-            )
+            self._mirrors = not vectors and geometry.mirrors(rng)
+            views = self._make_views(rows, geometry, generator)
+            remember = self._remember(X, seed, device, recipe)
+            fitted = Rounds(
+                backbone, n_features, geometry, views, recipe, generator, seed, record, remember
+            ).fit()
         if not history:
             raise KeyboardInterrupt
         self._scaler = scaler
         self.network_ = fitted.network.eval()
         self.best_head_ = fitted.best_head
         self.self_labels_ = fitted.self_labels
+        self.n_clusters_ = self.network_.shape[1]
+        self.n_clusters_scores_ = fitted.comparison
         self.history_ = pd.DataFrame(history)
         self.n_iter_ = len(history)
         self.loss_ = float(history[-1]["loss"])
         self._n_features_out = n_features
-        self.labels_ = self._predict_proba(X).argmax(1)
+        labels = self._head_labels(X)
+        self.labels_ = labels[:, self.best_head_]
+        self._meanings = [meaning(row, self.labels_, self.n_clusters_) for row in labels.T]
         self._warn_of_trouble(fitted.complete, fitted.marginal_error)
         return self
 
@@ -328,24 +341,122 @@ class SelfLabelClusterer(
         X = self._validate_rows(X, reset=False)
         return self._infer(X, self.network_.embed, self._n_features_out)
 
-    def score(self, X: ArrayLike, y: Any = None) -> float:
-        """Information of the clusters about X, over log K: between 0 and 1, higher is better.
+    def confidence(self, X: ArrayLike) -> NDArray[np.float32]:
+        """How far to trust the label of each sample, ndarray (n_samples,), float32, 0 to 1.
 
-        See :func:`sklearn_sela.metrics.information_score`. Comparable between fits with the
-        same number of clusters; y is ignored.
+        The mean over heads of the probability that each gives to the label. What a cluster of
+        another head means is read off the training samples: the share of it with that label.
+        Low where the sample lies between clusters, and where heads that started from
+        different clusterings draw the line differently.
         """
-        return information_score(self.predict_proba(X))
+        check_is_fitted(self)
+        X = self._validate_rows(X, reset=False)
+        device = next(self.network_.parameters()).device
+        meanings = [
+            torch.sparse_coo_tensor(
+                torch.from_numpy(np.stack([m.col, m.row])),
+                torch.from_numpy(m.data),
+                m.shape,
+                device=device,
+                check_invariants=False,
+            )
+            for m in self._meanings
+        ]
+
+        def confidence(x: Tensor) -> Tensor:
+            p = self.network_(x).softmax(2)
+            label = p[:, self.best_head_].argmax(1, keepdim=True)
+            heads = [(m @ p[:, t].T).T.gather(1, label) for t, m in enumerate(meanings)]
+            return torch.cat(heads, 1).mean(1, keepdim=True)
+
+        return self._infer(X, confidence, 1)[:, 0].clip(0, 1)
+
+    def score(self, X: ArrayLike, y: Any = None) -> float:
+        """How good the clusters of X are, without classes; higher is better, at most 1.
+
+        Silhouette x view agreement squared x head agreement: see :meth:`criteria`. Comparable
+        between numbers of clusters, as ``GridSearchCV`` needs; 0 for one cluster. The same X
+        always gets the same score. y is ignored.
+        """
+        found = self.criteria(X)
+        names = ("silhouette", "view_agreement", "head_agreement")
+        return float(combined_score(*(found[name] for name in names)))
+
+    def criteria(self, X: ArrayLike) -> dict[str, float]:
+        """What tells a good clustering of X without classes; higher is better, at most 1.
+
+        Of more than 5,000 samples, 5,000 are looked at, the same each time.
+
+        Returns
+        -------
+        dict of str to float
+            silhouette : mean over at most 2,000 samples, of ``transform`` features of unit
+            length; are clusters separated?
+            view_agreement : Cohen's kappa between the labels of two random views of a sample;
+            are they found again?
+            head_agreement : adjusted mutual information between the labels of two heads, mean
+            over pairs, of the same 2,000; 1 if there is one head. Is there one such clustering?
+            information : :func:`sklearn_sela.metrics.information_score`.
+        """
+        check_is_fitted(self)
+        X = self._validate_rows(X, reset=False)
+        rng = np.random.default_rng(0)  # of the score, which draws the same each time
+        if len(X) > SAMPLED_ROWS:
+            X = X[np.sort(rng.permutation(len(X))[:SAMPLED_ROWS])]
+        n, (n_heads, k) = len(X), self.network_.shape
+
+        def both(x: Tensor) -> Tensor:
+            features = self.network_.embed(x)
+            p = self.network_.heads(features).unflatten(1, self.network_.shape).softmax(2)
+            return torch.cat([features, p.flatten(1)], 1)
+
+        out = self._infer(X, both, self._n_features_out + n_heads * k)
+        features, p = np.split(out, [self._n_features_out], axis=1)
+        p = p.reshape(n, n_heads, k)
+        labels = p.argmax(2)
+        scored = np.sort(rng.permutation(n)[:SCORED_ROWS])
+        own = labels[:, self.best_head_]
+        return {
+            "silhouette": float(silhouettes(features[scored], own[scored]).mean()),
+            "view_agreement": self._view_agreement(X, rng),
+            "head_agreement": head_agreement(labels[scored].T),
+            "information": information_score(p[:, self.best_head_]),
+        }
+
+    def _view_agreement(self, X: np.ndarray, rng: np.random.Generator) -> float:
+        if len(X) < 2:  # no neighbour to be seen as
+            return 0.0
+        device = next(self.network_.parameters()).device
+        recipe = self._recipe_of([self.n_clusters_], len(X))
+        with seeded(0, device) as generator, one_thread(self._small(recipe)):
+            rows = Rows(X, self._scaler, device)
+            geometry = Geometry(rows, self.n_features_in_, rng)
+            views = self._make_views(rows, geometry, generator)
+            joint = view_joint(self.network_, views, len(X), recipe.schedule)
+        return float(view_agreement(joint)[self.best_head_])
 
     def _predict_proba(self, X: np.ndarray) -> NDArray[np.float32]:
         def probabilities(x: Tensor) -> Tensor:
             return self.network_(x)[:, self.best_head_].softmax(1)
 
-        return self._infer(X, probabilities, self.network_.shape[1])
+        return self._infer(X, probabilities, self.n_clusters_)
+
+    def _head_labels(self, X: np.ndarray) -> NDArray[np.int64]:
+        """(n_samples, n_heads) cluster of each sample by each head."""
+
+        def labels(x: Tensor) -> Tensor:
+            return self.network_(x).softmax(2).argmax(2)
+
+        return self._infer(X, labels, len(self.self_labels_), np.int64)
 
     def _infer(
-        self, X: np.ndarray, function: Callable[[Tensor], Tensor], width: int
-    ) -> NDArray[np.float32]:
-        out = np.empty((len(X), width), dtype=np.float32)
+        self,
+        X: np.ndarray,
+        function: Callable[[Tensor], Tensor],
+        width: int,
+        dtype: Any = np.float32,
+    ) -> NDArray[Any]:
+        out = np.empty((len(X), width), dtype=dtype)
         device = next(self.network_.parameters()).device
 
         def batch(rows: slice) -> Tensor:
@@ -423,41 +534,39 @@ class SelfLabelClusterer(
             raise TypeError(f"backbone returned {type(made).__name__}, not a torch module.")
         return made
 
-    def _make_augment(
-        self, geometry: Geometry, generator: torch.Generator, rng: np.random.Generator
-    ) -> Callable[[Tensor], Tensor] | None:
-        if self.augment != "auto":
-            return self.augment
-        if self.image_shape_ is None:
-            return Jitter(generator)
-        return ImageAugment(generator, flip=geometry.mirrors(rng))
-
-    def _make_views(
-        self,
-        rows: Rows,
-        geometry: Geometry,
-        augment: Callable[[Tensor], Tensor] | None,
-        generator: torch.Generator,
-    ) -> Views:
+    def _make_views(self, rows: Rows, geometry: Geometry, generator: torch.Generator) -> Views:
+        augment = self.augment
+        if isinstance(augment, str):
+            if self.image_shape_ is None:
+                augment = Jitter(generator)
+            else:
+                augment = ImageAugment(generator, flip=self._mirrors)
         k = self.n_neighbors
         if k == "auto":
-            # Vectors have no augmentation to speak of: more neighbours make up for it. Beyond
-            # half a cluster they would be of other clusters, and views say nothing.
-            half = len(rows) // (2 * self.n_clusters)
-            k = min(20 if self.image_shape_ is None else 10, max(1, half))
+            # Vectors have no augmentation to speak of: more neighbours make up for it. The
+            # number must not depend on n_clusters: neither do the features, nor a score.
+            most = 20 if self.image_shape_ is None else 10
+            k = min(most, max(1, len(rows) // OVER_CLUSTER_ROWS))
         neighbors = None
         if k:
-            neighbors = torch.from_numpy(geometry.neighbors(int(k))).to(rows.device)
+            neighbors = torch.from_numpy(geometry.neighbors(int(k))).to(generator.device)
         return Views(rows.__getitem__, augment, neighbors, self.neighbor_probability, generator)
 
     def _recipe(self, n: int) -> Recipe:
-        auto = max(50, 5 * self.n_clusters)
+        return self._recipe_of(candidates(self, n), n)
+
+    def _recipe_of(self, candidates: list[int], n: int) -> Recipe:
+        over = self.over_clusters
+        if over == "auto":
+            # In steps, so that searches over n_clusters share the first round.
+            over = 50 * 2 ** max(0, math.ceil(math.log2(candidates[-1] / MOST_CLUSTERS)))
         return Recipe(
-            n_clusters=self.n_clusters,
+            candidates=candidates,
             n_heads=self.n_heads,
-            over_clusters=auto if self.over_clusters == "auto" else int(self.over_clusters or 0),
+            over_clusters=int(over or 0),
             init=self.init,
             cluster_sizes=cluster_sizes(self),
+            few_neighbors=self.n_neighbors == "auto",
             reg=self.reg,
             soft_targets=self.soft_targets,
             label_momentum=self.label_momentum,
@@ -474,12 +583,35 @@ class SelfLabelClusterer(
             ),
         )
 
-    def _warn_of_duplicates(self, points: np.ndarray) -> None:
+    def _small(self, recipe: Recipe) -> bool:
+        """Whether a step is too short for more than one CPU thread."""
+        ours = isinstance(self.backbone, str)
+        return ours and recipe.schedule.batch_size * self.n_features_in_ <= _SMALL_BATCH
+
+    def _remember(
+        self, X: np.ndarray, seed: int, device: torch.device, recipe: Recipe
+    ) -> Callable[[Callable[[], Round]], Round]:
+        """Calls that return what ``memory`` has of the same first round, or run it."""
+        from sklearn_sela import __version__
+
+        if self.memory is None:
+            return lambda learn: learn()
+        later = ("n_clusters", "cluster_sizes", "random_state", "memory", "verbose", "device")
+        decides = {k: v for k, v in self.get_params(deep=False).items() if k not in later}
+        decides["over_clusters"] = recipe.over_clusters
+        if isinstance(self.backbone, nn.Module):
+            weights = {k: v.cpu().numpy() for k, v in self.backbone.state_dict().items()}
+            decides["backbone"] = (repr(self.backbone), weights)
+        where = (__version__, torch.__version__, str(device), torch.get_num_threads())
+        cached = check_memory(self.memory).cache(_first_round, ignore=["learn"])
+        return partial(cached, X, seed, self.image_shape_, decides, where)
+
+    def _warn_of_duplicates(self, points: np.ndarray, n_clusters: int) -> None:
         distinct = len(np.unique(points, axis=0))
-        if distinct < self.n_clusters:
+        if distinct < n_clusters:
             warnings.warn(
                 f"X has, among the {len(points)} rows looked at, only {distinct} distinct rows, "
-                f"fewer than n_clusters={self.n_clusters}: some clusters will split identical "
+                f"fewer than n_clusters={n_clusters}: some clusters will split identical "
                 "rows or stay empty. Lower n_clusters or look for constant data.",
                 ConvergenceWarning,
                 stacklevel=4,
@@ -501,7 +633,7 @@ class SelfLabelClusterer(
                 stacklevel=4,
             )
         found = len(np.unique(self.labels_))
-        if found == 1 < self.n_clusters:
+        if found == 1 < self.n_clusters_:
             warnings.warn(
                 "All samples are predicted into one cluster: the network cannot tell them "
                 f"apart. Lower learning_rate={self.learning_rate:g}, raise max_epochs="
@@ -517,7 +649,21 @@ class SelfLabelClusterer(
         return tags
 
 
+def _first_round(
+    X: np.ndarray,
+    seed: int,
+    image_shape: tuple[int, ...] | None,
+    decides: dict,
+    where: tuple,
+    learn: Callable[[], Round],
+) -> Round:
+    """``learn()``; the other arguments are what decides its outcome, for joblib to compare."""
+    return learn()
+
+
 def _progress(row: dict, max_epochs: int) -> str:
+    if row["stage"] == "n_clusters":
+        return f"n_clusters {row['n_clusters']:>3}  score {row['score']:.3f}"
     return (
         f"epoch {row['epoch'] + 1:>3}/{max_epochs} {row['stage']:<8}  loss {row['loss']:.3f}  "
         f"changed {row['changed']:.1%}  sizes {row['smallest']}-{row['largest']}  "

@@ -39,11 +39,18 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
     """
     cuda = [device] if device.type == "cuda" else []
     with _SEEDED, torch.random.fork_rng(devices=cuda), plain_modes(device):
-        torch.default_generator.manual_seed(seed)
-        for card in cuda:
-            with torch.cuda.device(card):
-                torch.cuda.manual_seed(seed)
-        yield torch.Generator(device=device).manual_seed(seed)
+        generator = torch.Generator(device=device)
+        reseed(generator, seed)
+        yield generator
+
+
+def reseed(generator: torch.Generator, seed: int) -> None:
+    """Start our generator afresh, and torch's global ones for its device."""
+    generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if generator.device.type == "cuda":
+        with torch.cuda.device(generator.device):
+            torch.cuda.manual_seed(seed)
 
 
 @contextlib.contextmanager

@@ -7,15 +7,19 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from sklearn.utils.validation import check_memory
 
 from sklearn_sela._backbones import BACKBONES
+from sklearn_sela._recipe import OVER_CLUSTER_ROWS
 
+MOST_CLUSTERS = 25  # that n_clusters="auto" considers
 CHANNELS_FIRST = "Put channels first: images.transpose(0, 3, 1, 2)."
 
 
 def check_parameters(estimator: Any) -> None:
     """Raise ValueError or TypeError for the first parameter out of range."""
-    whole = {"n_clusters": 1, "n_heads": 1, "n_views": 0, "max_epochs": 1, "batch_size": 1}
+    _check_n_clusters(estimator)
+    whole = {"n_heads": 1, "n_views": 0, "max_epochs": 1, "batch_size": 1}
     for name, low in whole.items():
         _check_number(name, getattr(estimator, name), Integral, low)
     if not isinstance(estimator.verbose, bool | np.bool_):
@@ -31,6 +35,7 @@ def check_parameters(estimator: Any) -> None:
     _check_number("weight_decay", estimator.weight_decay, Real, 0)
     _check_number("neighbor_probability", estimator.neighbor_probability, Real, 0, high=1)
     _check_number("label_momentum", estimator.label_momentum, Real, 0, high=1)
+    check_memory(estimator.memory)
     _check_choice("init", estimator.init, ["kmeans", "random"])
     _check_choice("lr_schedule", estimator.lr_schedule, ["one_cycle", "step"])
     if not isinstance(estimator.soft_targets, bool | np.bool_):
@@ -46,6 +51,58 @@ def check_parameters(estimator: Any) -> None:
     elif estimator.augment is not None and not callable(estimator.augment):
         raise TypeError(f"augment must be 'auto', None or a callable, got {estimator.augment!r}.")
     cluster_sizes(estimator)
+
+
+def _check_n_clusters(estimator: Any) -> None:
+    asked = estimator.n_clusters
+    if isinstance(asked, str):
+        _check_choice("n_clusters", asked, ["auto"], "a number or several to choose from")
+    elif np.iterable(asked):
+        if len(list(asked)) == 0:
+            raise ValueError(f"n_clusters={asked!r} holds no number to choose from.")
+        for k in asked:
+            _check_number("n_clusters", k, Integral, 1)
+    else:
+        _check_number("n_clusters", asked, Integral, 1)
+    if isinstance(asked, Integral):
+        return
+    if not isinstance(estimator.cluster_sizes, str):
+        raise ValueError(
+            f"cluster_sizes as shares needs one n_clusters, not {asked!r} to choose from."
+        )
+    if not estimator.over_clusters:
+        raise ValueError(
+            f"n_clusters={asked!r} is chosen by the features of the first round, which "
+            f"over_clusters={estimator.over_clusters!r} skips; use over_clusters='auto'."
+        )
+
+
+def candidates(estimator: Any, n: int) -> list[int]:
+    """Numbers of clusters to choose from for n samples, rising; one where none is a question.
+
+    Raises
+    ------
+    ValueError
+        For fewer samples than clusters, or too few to compare several numbers.
+    """
+    asked = estimator.n_clusters
+    if isinstance(asked, str):
+        # 8 rows a cluster of the first round, which needs more clusters than the second.
+        return list(range(2, min(MOST_CLUSTERS, n // OVER_CLUSTER_ROWS - 1) + 1)) or [min(2, n)]
+    several = sorted({int(k) for k in asked}) if np.iterable(asked) else [int(asked)]
+    if n < max(2, several[-1]):
+        raise ValueError(
+            f"n_samples={n} is too few for n_clusters={several[-1]}: at least one "
+            "sample per cluster, and 2 samples in all, are needed."
+        )
+    over = n if estimator.over_clusters == "auto" else int(estimator.over_clusters or 0)
+    if len(several) > 1 and min(over, n // OVER_CLUSTER_ROWS) <= several[0]:
+        raise ValueError(
+            f"n_samples={n} with over_clusters={estimator.over_clusters!r} is too few to choose "
+            f"n_clusters from {several}: the features need at least {several[0] + 1} "
+            f"over-clusters of {OVER_CLUSTER_ROWS} samples. Set n_clusters to one number."
+        )
+    return several
 
 
 def cluster_sizes(estimator: Any) -> str | np.ndarray:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
+from sklearn.pipeline import Pipeline
 
 
 def clustering_accuracy(labels_true: ArrayLike, labels_pred: ArrayLike) -> float:
@@ -59,3 +62,47 @@ def information_score(proba: ArrayLike) -> float:
 
     information = entropy(p.mean(0)) - entropy(p).mean()
     return float(np.clip(information / np.log(p.shape[1]), 0.0, 1.0))
+
+
+def silhouette_scorer(estimator: Any, X: Any, y: Any = None) -> float:
+    """Mean silhouette of the clusters in the learned features, as ``scoring=`` of a search.
+
+    Parameters
+    ----------
+    estimator : SelfLabelClusterer or Pipeline that ends in one
+        Fitted.
+    X : array-like
+        What its ``predict`` takes.
+    y : Ignored
+
+    Returns
+    -------
+    float
+        At most 1; see :meth:`sklearn_sela.SelfLabelClusterer.criteria`. This, and those that
+        follow, find the number of clusters less often than the estimator's own ``score``,
+        which combines them.
+    """
+    return _criterion(estimator, X, "silhouette")
+
+
+def view_agreement_scorer(estimator: Any, X: Any, y: Any = None) -> float:
+    """Cohen's kappa between the labels of two views: see :func:`silhouette_scorer`."""
+    return _criterion(estimator, X, "view_agreement")
+
+
+def head_agreement_scorer(estimator: Any, X: Any, y: Any = None) -> float:
+    """Adjusted mutual information between heads: see :func:`silhouette_scorer`."""
+    return _criterion(estimator, X, "head_agreement")
+
+
+def information_scorer(estimator: Any, X: Any, y: Any = None) -> float:
+    """:func:`information_score` of the predictions: see :func:`silhouette_scorer`."""
+    return _criterion(estimator, X, "information")
+
+
+def _criterion(estimator: Any, X: Any, name: str) -> float:
+    if isinstance(estimator, Pipeline):
+        if len(estimator) > 1:
+            X = estimator[:-1].transform(X)
+        estimator = estimator[-1]
+    return float(estimator.criteria(X)[name])

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from torch import nn
 
-from sklearn_sela import SelfLabelClusterer, _data, _recipe, _training
+from sklearn_sela import SelfLabelClusterer, _data, _features, _training
 
 IMAGES = load_digits().images[:200]
 FLAT = IMAGES.reshape(200, -1)
@@ -279,6 +279,7 @@ BAD = {
     "weight_decay": [-1e-9, np.nan, np.inf, None],
     "device": [None, 1.5, "meta"],
     "random_state": ["seed", -1, 1.5],
+    "memory": [3, 1.5],
     "verbose": [-1, "loud"],
 }
 
@@ -481,7 +482,7 @@ def test_the_calls_that_the_next_tests_interrupt_are_those_they_mean():
 
 
 def test_an_interrupted_clustering_of_the_features_is_made_up_for(monkeypatch):
-    real, calls = _recipe._k_means, []
+    real, calls = _features._k_means, []
 
     def k_means(points, k, seed, n_init):
         calls.append(n_init)
@@ -489,7 +490,7 @@ def test_an_interrupted_clustering_of_the_features_is_made_up_for(monkeypatch):
             raise KeyboardInterrupt
         return real(points, k, seed, n_init)
 
-    monkeypatch.setattr(_recipe, "_k_means", k_means)
+    monkeypatch.setattr(_features, "_k_means", k_means)
     with pytest.warns(ConvergenceWarning, match="interrupted"):
         estimator = clusterer().fit(BLOBS)
     assert list(estimator.history_.stage) == ["features"] * 2

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from sklearn_sela._heads import sizes_are_equal, target_sizes
 from sklearn_sela._network import SelfLabelNetwork
-from sklearn_sela._recipe import sizes_are_equal, target_sizes
 from sklearn_sela._training import Schedule, SelfLabels, label_pass, self_label
 
 SCHEDULE = Schedule(

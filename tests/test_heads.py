@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sklearn_sela import SelfLabelClusterer
+from sklearn_sela._heads import choose_head, view_joint
 from sklearn_sela._network import SelfLabelNetwork
-from sklearn_sela._recipe import choose_head, view_joint
 from sklearn_sela._training import Schedule
 from sklearn_sela.metrics import clustering_accuracy
 

@@ -1,0 +1,161 @@
+"""How many clusters: what makes a clustering a good one, and the number that makes the best.
+
+No class is seen. A good clustering is separated in the features, found again in another view
+of each row, and found by every head, though they started differently. Each alone fails: the
+silhouette favours small clusters, agreement few. docs/n_clusters.rst compares their product
+with other criteria.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import adjusted_mutual_info_score, silhouette_samples
+from sklearn.preprocessing import normalize
+from torch import Tensor, nn
+
+from sklearn_sela._augment import FrozenViews
+from sklearn_sela._features import LearnedFeatures
+from sklearn_sela._heads import choose_head, cohen_kappa, start_at_centroids, target_sizes
+from sklearn_sela._network import SelfLabelNetwork
+from sklearn_sela._training import Schedule, SelfLabels, self_label
+
+SCORED_ROWS = 2_000  # of those below: their silhouettes need the distances of all pairs
+SAMPLED_ROWS = 5_000  # that stand for all in a score, and in the comparison of candidates
+_VIEWS = 4  # of each row, that the heads of a candidate learn from
+_EPOCHS = 10  # in which they do
+_RESAMPLES = 500  # of the rows, for the support of a candidate
+
+
+def combined_score(silhouette: Any, view_agreement: Any, head_agreement: Any) -> Any:
+    """The score of a clustering from what speaks for it, elementwise; higher is better."""
+    agreement = np.maximum(view_agreement, 0) ** 2 * np.maximum(head_agreement, 0)
+    return silhouette * agreement
+
+
+def silhouettes(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(n,) silhouettes (Rousseeuw, J. Comput. Appl. Math. 1987) of features of unit length.
+
+    0 where all labels are the same, or all differ.
+    """
+    if not 1 < len(np.unique(labels)) < len(labels):
+        return np.zeros(len(labels))
+    return silhouette_samples(normalize(features), labels)
+
+
+def head_agreement(labels: np.ndarray) -> float:
+    """Adjusted mutual information of two heads' labels (n_heads, n), mean over pairs; or 1.
+
+    Adjusted for chance (Vinh, Epps, Bailey, JMLR 2010), by which many clusters agree more.
+    """
+    pairs = list(itertools.combinations(labels, 2))
+    return float(np.mean([adjusted_mutual_info_score(*pair) for pair in pairs])) if pairs else 1.0
+
+
+@dataclass
+class Candidate:
+    """Heads of one number of clusters k, and what they say of the n scored rows."""
+
+    k: int
+    features: np.ndarray  # (n, d)
+    own: np.ndarray  # (n_heads, n, k) probabilities,
+    one: np.ndarray  # those of a view of each row,
+    two: np.ndarray  # and of another
+    best: int  # the head that would predict
+
+    def __post_init__(self) -> None:
+        labels = self.own.argmax(2)
+        self.silhouettes = silhouettes(self.features, labels[self.best])
+        self.head_agreement = head_agreement(labels)
+
+    def silhouette(self, weights: np.ndarray) -> np.ndarray:
+        """(...) mean silhouette under weights of the rows (..., n) that sum to one."""
+        return weights @ self.silhouettes
+
+    def view_agreement(self, weights: np.ndarray) -> np.ndarray:
+        """(...) Cohen's kappa of the labels of two views, likewise."""
+        one, two = self.one[self.best], self.two[self.best]
+        observed = weights @ (one * two).sum(1)
+        return cohen_kappa(observed, ((weights @ one) * (weights @ two)).sum(-1))
+
+    def score(self, weights: np.ndarray) -> np.ndarray:
+        found = self.silhouette(weights), self.view_agreement(weights), self.head_agreement
+        return combined_score(*found)
+
+
+def train_candidates(
+    learned: LearnedFeatures,
+    views: Callable[[Tensor], Tensor],
+    numbers: list[int],
+    label: Callable[[np.ndarray, np.ndarray, float], SelfLabels],
+    schedule: Schedule,
+    generator: torch.Generator,
+    seed: int,
+) -> Iterator[Candidate]:
+    """Heads for each number of clusters, trained on the learned features, held fixed.
+
+    ``label(labels, weights, pull)`` makes the labels that the heads learn.
+    """
+    n_heads, device = learned.network.shape[0], generator.device
+    rng = np.random.default_rng(seed)
+    sample = np.sort(rng.permutation(len(learned.reference))[:SAMPLED_ROWS])
+    scored = np.sort(rng.permutation(len(sample))[:SCORED_ROWS])
+    rows = torch.from_numpy(learned.reference[sample]).to(device)
+    features = learned.features[sample]
+    embed, n_views = learned.network.eval().embed, _VIEWS + 2
+    frozen = FrozenViews(embed, views, rows, n_views, schedule.label_rows, generator)
+    seen = [frozen.features[v, scored] for v in (-1, -2)]
+    frozen.features = frozen.features[:-2]  # a view that taught would flatter
+    seen.append(torch.from_numpy(features[scored]).to(device))
+    schedule = replace(schedule, epochs=_EPOCHS, n_views=0, n_solves=None)
+    for k in numbers:
+        labels = learned.sample_labels(k, n_heads, seed, sample)
+        labels, weights, pull = target_sizes(labels, k, "learned")
+        heads = SelfLabelNetwork(nn.Identity(), features.shape[1], n_heads, k).to(device)
+        start_at_centroids(heads, features, labels)
+        self_label(heads, frozen, label(labels, weights, pull), schedule, generator, _ignore)
+        with torch.no_grad():
+            p = [heads.eval()(x).double().softmax(2).transpose(0, 1) for x in seen]
+        best = choose_head(p[0].transpose(1, 2) @ p[1] / len(scored))
+        one, two, own = (x.cpu().numpy() for x in p)
+        yield Candidate(k, features[scored], own, one, two, best)
+
+
+def compare_n_clusters(
+    candidates: Iterable[Candidate], record: Callable[[dict], None], seed: int
+) -> pd.DataFrame:
+    """A row per candidate: n_clusters, score, its three factors, and support.
+
+    Support is the share of resamples of the rows (bootstrap: Efron, Ann. Stat. 1979) in which
+    the candidate scores best.
+    """
+    table: list[dict] = []
+    scores: list[np.ndarray] = []
+    rng = np.random.default_rng(seed)
+    for candidate in candidates:
+        if not scores:
+            n = len(candidate.features)
+            equal = np.full(n, 1 / n)
+            resamples = rng.multinomial(n, equal, size=_RESAMPLES) / n
+        row = {
+            "n_clusters": candidate.k,
+            "score": float(candidate.score(equal)),
+            "silhouette": float(candidate.silhouette(equal)),
+            "view_agreement": float(candidate.view_agreement(equal)),
+            "head_agreement": candidate.head_agreement,
+        }
+        record({"stage": "n_clusters", **row})
+        table.append(row)
+        scores.append(candidate.score(resamples))
+    wins = np.bincount(np.argmax(scores, axis=0), minlength=len(table))
+    return pd.DataFrame(table).assign(support=wins / _RESAMPLES)
+
+
+def _ignore(row: dict) -> None:
+    """Nobody needs to know how these epochs went."""
