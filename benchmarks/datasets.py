@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine, make_blobs
 from sklearn.preprocessing import StandardScaler
 
 _CACHE = Path(__file__).parent.parent / "data"
@@ -56,3 +57,29 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray]:
     tables = {"wine": load_wine, "iris": load_iris, "breast_cancer": load_breast_cancer}
     X, y = tables[name](return_X_y=True)
     return StandardScaler().fit_transform(X), y
+
+
+def thinned_digits(shares: np.ndarray) -> Callable:
+    """Digits of which each class keeps a share, classes in random order."""
+
+    def make(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        X, y = load("digits")
+        rng = np.random.default_rng(seed)
+        order, rows = rng.permutation(10), []
+        for share, digit in zip(shares, order, strict=True):
+            own = rng.permutation(np.flatnonzero(y == digit))
+            rows.append(own[: round(share * len(own))])
+        chosen = rng.permutation(np.concatenate(rows))
+        return X[chosen], y[chosen]
+
+    return make
+
+
+def blobs(sizes: list[int], **options: object) -> Callable:
+    """Gaussian blobs, drawn by seed."""
+    return lambda seed: make_blobs(sizes, random_state=seed, **options)
+
+
+def named(name: str) -> Callable:
+    """A data set that is the same for every seed."""
+    return lambda seed: load(name)

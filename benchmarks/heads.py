@@ -11,40 +11,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import torch
-from sklearn.datasets import make_blobs
 
-from datasets import load
+from datasets import blobs, named, thinned_digits
 from sklearn_sela import SelfLabelClusterer, _recipe
+from sklearn_sela._selection import silhouettes
 from sklearn_sela.metrics import clustering_accuracy
-
-
-def thinned_digits(shares: np.ndarray) -> Callable:
-    """Digits of which each class keeps a share, classes in random order."""
-
-    def make(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        X, y = load("digits")
-        rng = np.random.default_rng(seed)
-        order, rows = rng.permutation(10), []
-        for share, digit in zip(shares, order, strict=True):
-            own = rng.permutation(np.flatnonzero(y == digit))
-            rows.append(own[: round(share * len(own))])
-        chosen = rng.permutation(np.concatenate(rows))
-        return X[chosen], y[chosen]
-
-    return make
-
-
-def blobs(sizes: list[int], **options: object) -> Callable:
-    return lambda seed: make_blobs(sizes, random_state=seed, **options)
-
-
-def named(name: str) -> Callable:
-    return lambda seed: load(name)
-
 
 _CORNERS = {"centers": [[0, 0, 0], [8, 0, 0], [0, 8, 0]]}
 _WIDE = {"center_box": (-6, 6)}  # with cluster_std: blobs that overlap
@@ -104,6 +78,7 @@ RULES = {
     "ARI": rand_index,
     "kappa": kappa,
 }
+POWERS = [0, 1, 2, 3]  # of kappa, times the silhouette
 
 
 def main() -> None:
@@ -116,7 +91,8 @@ def main() -> None:
         return choose(joint)
 
     _recipe.choose_head = record
-    print(f"{'data (fits)':<30}" + "".join(f"{rule:>8}" for rule in [*RULES, "ours", "best"]))
+    rules = [*RULES, *(f"S V^{power}" for power in POWERS), "ours", "best"]
+    print(f"{'data (fits)':<30}" + "".join(f"{rule:>8}" for rule in rules))
     regrets = []
     for name in sys.argv[1:] or [name for name in DATA if name != "fashion"]:
         make, seeds = DATA[name]
@@ -124,13 +100,20 @@ def main() -> None:
         for seed in range(seeds):
             X, y = make(seed)
             fitted = SelfLabelClusterer(len(np.unique(y)), random_state=seed).fit(X)
-            ours, accuracies = fitted.best_head_, []
+            ours, accuracies, separation = fitted.best_head_, [], []
+            some = np.random.default_rng(0).permutation(len(X))[:2000]
+            features = fitted.transform(X[some])
             for head in range(fitted.n_heads):
                 fitted.best_head_ = head
-                accuracies.append(clustering_accuracy(y, fitted.predict(X)))
+                labels = fitted.predict(X)
+                accuracies.append(clustering_accuracy(y, labels))
+                separation.append(silhouettes(features, labels[some]).mean())
             chosen = [
                 int(np.argmax([rule(joint) for joint in joints[-1]])) for rule in RULES.values()
             ]
+            agreement = np.array([kappa(joint) for joint in joints[-1]])
+            for power in POWERS:
+                chosen.append(int(np.argmax(separation * np.maximum(agreement, 0) ** power)))
             rows.append([accuracies[head] for head in [*chosen, ours]] + [max(accuracies)])
         regrets += [[row[-1] - value for value in row] for row in rows]
         cells = "".join(f"{value:>8.3f}" for value in np.mean(rows, axis=0))

@@ -51,6 +51,7 @@ from sklearn_sela._validation import (
 )
 from sklearn_sela.metrics import information_score
 
+_FAR = 0.1  # share of samples beyond the sizes asked for that is worth a warning
 _SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
 
 
@@ -66,15 +67,18 @@ class SelfLabelClusterer(
 
     Parameters
     ----------
-    n_clusters : int, default=8
-        Number of clusters K.
+    n_clusters : int, "auto" or sequence of int, default=8
+        Number of clusters K, or numbers to choose from by what ``score`` looks at, on the
+        features of the first round: all are compared in about the time of one more fit.
+        "auto" is 2 to 25, to less for fewer than 208 samples.
     n_heads : int, default=3
         Clustering heads that share the backbone: T of the paper. They start from different
         clusterings; the one whose labels agree best between views predicts. Of heads that
         agree about as well, it is the most informative.
     over_clusters : "auto", int or None, default="auto"
-        Clusters of the first round; at most one per 8 samples. "auto" is five times
-        ``n_clusters``, at least 50. None or 0 skips the round (the paper's way).
+        Clusters of the first round; at most one per 8 samples. "auto" is 50, doubled until it
+        is twice ``n_clusters``: few values, so that a search shares the round. None or 0 skips
+        the round (the paper's way).
     backbone : {"auto", "mlp", "convnet"}, torch.nn.Module or callable, default="auto"
         Maps a batch to features; whatever its output shape, it is flattened. A module is
         copied, never changed; a callable is called without arguments and returns one.
@@ -92,7 +96,8 @@ class SelfLabelClusterer(
     n_neighbors : "auto" or int, default="auto"
         Nearest neighbours (in 50 principal components) that may stand in for a sample: a
         second kind of view. "auto" is 10 for images, 20 for vectors, which have no
-        augmentation to speak of, but at most half the samples per cluster; 0 turns it off.
+        augmentation to speak of, but at most an eighth of the samples, and in the second round
+        at most half the samples per cluster; 0 turns it off.
     neighbor_probability : float, default=0.7
         Chance that a view shows a neighbour.
     init : {"kmeans", "random"}, default="kmeans"
@@ -133,6 +138,10 @@ class SelfLabelClusterer(
         Decides everything on a given machine and number of threads, except an ``augment``
         or ``backbone`` that draws from other generators than torch's global one (NumPy's,
         say); global generators are left as they were.
+    memory : str or joblib.Memory, default=None
+        Where to keep what first rounds learned, as in ``Pipeline``. Fits that differ only in
+        ``n_clusters``, ``cluster_sizes`` or ``verbose`` share one, if ``random_state`` is an
+        int: a search over them takes about half the time. Training data are not kept.
     verbose : int, default=0
         1 prints a line an epoch.
 
@@ -140,6 +149,13 @@ class SelfLabelClusterer(
     ----------
     labels_ : ndarray of shape (n_samples,)
         Cluster of each training sample; equal to ``predict`` of the training data.
+    n_clusters_ : int
+        Number of clusters fitted.
+    n_clusters_scores_ : pandas.DataFrame or None
+        A row per number of clusters compared: n_clusters, score, its factors (silhouette,
+        view_agreement, head_agreement: see ``criteria``) and support, the share of resamples
+        of the samples in which this number scores best. Near 1 the choice is clear; spread
+        over several, any of them will do. None if there was nothing to choose.
     self_labels_ : ndarray of shape (n_heads, n_samples)
         The transport's own last assignments, a row per head.
     best_head_ : int
@@ -632,6 +648,7 @@ class SelfLabelClusterer(
                 ConvergenceWarning,
                 stacklevel=4,
             )
+        self._warn_of_sizes()
         found = len(np.unique(self.labels_))
         if found == 1 < self.n_clusters_:
             warnings.warn(
@@ -640,6 +657,24 @@ class SelfLabelClusterer(
                 f"{self.max_epochs}, set cluster_sizes='balanced', or scale the features.",
                 ConvergenceWarning,
                 stacklevel=4,
+            )
+
+    def _warn_of_sizes(self) -> None:
+        asked = cluster_sizes(self)
+        if isinstance(asked, str):
+            if asked == "learned":
+                return
+            asked = np.full(self.n_clusters_, 1 / self.n_clusters_)
+        sizes = np.bincount(self.labels_, minlength=self.n_clusters_)
+        elsewhere = 0.5 * np.abs(sizes / sizes.sum() - asked).sum()
+        if elsewhere > _FAR:
+            warnings.warn(
+                f"{elsewhere:.0%} of the samples are predicted into other clusters than "
+                f"cluster_sizes={self.cluster_sizes!r} asks for: sizes are {sizes.min()} to "
+                f"{sizes.max()}. If the data are not like that, use cluster_sizes='learned'; else "
+                f"raise max_epochs={self.max_epochs}.",
+                ConvergenceWarning,
+                stacklevel=5,
             )
 
     def __sklearn_tags__(self) -> Any:

@@ -63,6 +63,7 @@ class Candidate:
     """Heads of one number of clusters k, and what they say of the n scored rows."""
 
     k: int
+    rows: np.ndarray  # (n,) their indices
     features: np.ndarray  # (n, d)
     own: np.ndarray  # (n_heads, n, k) probabilities,
     one: np.ndarray  # those of a view of each row,
@@ -124,7 +125,8 @@ def train_candidates(
             p = [heads.eval()(x).double().softmax(2).transpose(0, 1) for x in seen]
         best = choose_head(p[0].transpose(1, 2) @ p[1] / len(scored))
         one, two, own = (x.cpu().numpy() for x in p)
-        yield Candidate(k, features[scored], own, one, two, best)
+        scored_rows = learned.reference[sample[scored]]
+        yield Candidate(k, scored_rows, features[scored], own, one, two, best)
 
 
 def compare_n_clusters(

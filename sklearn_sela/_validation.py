@@ -87,9 +87,10 @@ def candidates(estimator: Any, n: int) -> list[int]:
     """
     asked = estimator.n_clusters
     if isinstance(asked, str):
-        # 8 rows a cluster of the first round, which needs more clusters than the second.
-        return list(range(2, min(MOST_CLUSTERS, n // OVER_CLUSTER_ROWS - 1) + 1)) or [min(2, n)]
-    several = sorted({int(k) for k in asked}) if np.iterable(asked) else [int(asked)]
+        # The first round has 8 rows a cluster at least, and more clusters than the second.
+        several = list(range(2, min(MOST_CLUSTERS, n // OVER_CLUSTER_ROWS - 1) + 1)) or [2]
+    else:
+        several = sorted({int(k) for k in asked}) if np.iterable(asked) else [int(asked)]
     if n < max(2, several[-1]):
         raise ValueError(
             f"n_samples={n} is too few for n_clusters={several[-1]}: at least one "

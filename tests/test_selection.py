@@ -1,0 +1,357 @@
+"""The number of clusters: its score, the comparison, searches, and what fits share."""
+
+from __future__ import annotations
+
+import os
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import make_blobs
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, RandomizedSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from sklearn_sela import SelfLabelClusterer, _recipe, metrics
+from sklearn_sela._heads import meaning, view_agreement
+from sklearn_sela._selection import Candidate, combined_score, head_agreement, silhouettes
+from sklearn_sela.metrics import clustering_accuracy
+
+X, y = make_blobs(
+    [120, 80, 60, 40], n_features=6, centers=None, center_box=(-12, 12), random_state=3
+)
+FACTORS = ["silhouette", "view_agreement", "head_agreement"]
+
+
+def clusterer(n_clusters=4, **parameters):
+    return SelfLabelClusterer(n_clusters, **{"max_epochs": 12, "random_state": 0, **parameters})
+
+
+@pytest.fixture(scope="module")
+def chosen():
+    return clusterer("auto").fit(X)
+
+
+def test_auto_finds_the_number(chosen):
+    assert chosen.n_clusters_ == 4
+    assert clustering_accuracy(y, chosen.labels_) > 0.98
+
+
+def test_auto_says_how_sure_it_is(chosen):
+    table = chosen.n_clusters_scores_
+    assert list(table) == ["n_clusters", "score", *FACTORS, "support"]
+    assert list(table.n_clusters) == list(range(2, 26))
+    assert table.n_clusters[table.score.idxmax()] == 4
+    assert table.support.sum() == pytest.approx(1)
+    assert table.support[2] > 0.9
+    expected = combined_score(*(table[name] for name in FACTORS))
+    np.testing.assert_allclose(table.score, expected)
+
+
+def test_what_auto_fits_is_what_the_number_alone_fits(chosen):
+    alone = clusterer(4).fit(X)
+    assert alone.n_clusters_scores_ is None
+    np.testing.assert_array_equal(alone.predict_proba(X), chosen.predict_proba(X))
+    pd.testing.assert_frame_equal(
+        alone.history_.drop(columns="seconds"), chosen.history_.drop(columns="seconds")
+    )
+
+
+@pytest.mark.parametrize("numbers", [range(3, 6), [5, 3, 4, 4], np.array([3, 4, 5]), (4, 5, 3)])
+def test_numbers_to_choose_from(numbers):
+    fitted = clusterer(numbers).fit(X)
+    assert fitted.n_clusters_ == 4
+    assert list(fitted.n_clusters_scores_.n_clusters) == [3, 4, 5]
+    assert clone(fitted).n_clusters is not None
+
+
+def test_one_number_in_a_list_is_that_number():
+    assert clusterer([3]).fit(X).n_clusters_ == 3
+
+
+def test_few_samples_leave_auto_no_choice():
+    assert clusterer("auto", max_epochs=2).fit(X[:20]).n_clusters_ == 2
+    with pytest.raises(ValueError, match="n_samples=1"):
+        clusterer("auto").fit(X[:1])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"n_clusters": "many"}, "n_clusters='many'"),
+        ({"n_clusters": []}, "holds no number"),
+        ({"n_clusters": [0, 2]}, "n_clusters must be >= 1"),
+        ({"n_clusters": range(2, 400)}, "n_samples=300 is too few for n_clusters=399"),
+        ({"n_clusters": [60, 70]}, "too few to choose"),
+        ({"n_clusters": [6, 7], "over_clusters": 5}, "over_clusters=5"),
+        ({"n_clusters": "auto", "over_clusters": None}, "over_clusters=None"),
+        ({"n_clusters": [2, 3], "cluster_sizes": [0.5, 0.5]}, "one n_clusters"),
+    ],
+)
+def test_choices_that_cannot_be_made_are_refused(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        clusterer(**parameters).fit(X)
+
+
+def test_numbers_that_are_not_integers_are_refused():
+    with pytest.raises(TypeError, match=r"n_clusters must be an integer, got 2\.5"):
+        clusterer([2, 2.5]).fit(X)
+
+
+def test_verbose_prints_each_number(capsys):
+    clusterer([3, 4], verbose=1, max_epochs=2).fit(X)
+    assert "n_clusters   3  score" in capsys.readouterr().out
+
+
+# The score
+
+
+def test_score_is_highest_for_the_true_number():
+    scores = {k: clusterer(k).fit(X).score(X) for k in (2, 3, 4, 5, 7)}
+    assert max(scores, key=scores.get) == 4
+
+
+def test_score_is_a_float_always_the_same_that_ignores_y(chosen):
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    scores = [chosen.score(X), chosen.score(X, y), chosen.score(X, np.zeros(len(X)))]
+    assert type(scores[0]) is float
+    assert len(set(scores)) == 1
+    assert 0 < scores[0] <= 1
+    assert torch.equal(torch.get_rng_state(), state[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002
+
+
+def test_score_is_the_product_of_its_criteria(chosen):
+    found = chosen.criteria(X)
+    assert chosen.score(X) == combined_score(*(found[name] for name in FACTORS))
+    proba = chosen.predict_proba(X)
+    assert found["information"] == pytest.approx(metrics.information_score(proba), abs=1e-6)
+    own = silhouettes(chosen.transform(X), chosen.labels_).mean()
+    assert found["silhouette"] == pytest.approx(own, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 40])
+def test_few_rows_have_a_score(chosen, rows):
+    assert np.isfinite(chosen.score(X[:rows]))
+
+
+def test_rows_of_one_cluster_score_0(chosen):
+    assert chosen.score(X[chosen.labels_ == 1]) == 0
+
+
+def test_one_cluster_scores_0():
+    assert clusterer(1, max_epochs=2).fit(X).score(X) == 0
+
+
+def test_more_rows_than_are_looked_at(chosen):
+    many = np.random.default_rng(0).permutation(np.repeat(X, 20, axis=0))
+    assert chosen.score(many) == pytest.approx(chosen.score(X), abs=0.1)
+
+
+def test_one_head_agrees_with_itself():
+    assert clusterer(n_heads=1).fit(X).criteria(X)["head_agreement"] == 1
+
+
+@pytest.mark.parametrize("name", ["silhouette", "view_agreement", "head_agreement", "information"])
+def test_each_criterion_is_a_scorer(chosen, name):
+    scorer = getattr(metrics, f"{name}_scorer")
+    assert scorer(chosen, X, y) == chosen.criteria(X)[name]
+    pipeline = make_pipeline(StandardScaler(), clusterer()).fit(X)
+    scaled = StandardScaler().fit_transform(X)
+    assert scorer(pipeline, X) == pipeline[-1].criteria(scaled)[name]
+    assert scorer(make_pipeline(chosen), X) == chosen.criteria(X)[name]
+
+
+def test_silhouettes_of_one_cluster_or_single_rows_are_0():
+    points = np.random.default_rng(0).normal(size=(5, 3))
+    for labels in (np.zeros(5, int), np.arange(5)):
+        np.testing.assert_array_equal(silhouettes(points, labels), 0)
+
+
+def test_head_agreement_is_adjusted_for_chance():
+    rng = np.random.default_rng(0)
+    one = rng.integers(4, size=2000)
+    assert head_agreement(np.stack([one, 3 - one])) == pytest.approx(1)
+    assert abs(head_agreement(rng.integers(20, size=(3, 2000)))) < 0.01
+
+
+def test_agreement_worse_than_chance_earns_nothing():
+    assert combined_score(0.5, -0.3, 1.0) == 0
+    assert combined_score(0.5, 1.0, -0.1) == 0
+    assert combined_score(0.5, 0.5, 1.0) == 0.125
+
+
+def test_weighted_view_agreement_is_kappa_of_the_joint_distribution():
+    rng = np.random.default_rng(0)
+    own, one, two = rng.dirichlet(np.ones(3), size=(3, 2, 60))
+    candidate = Candidate(3, np.arange(60), rng.normal(size=(60, 4)), own, one, two, best=1)
+    equal = np.full(60, 1 / 60)
+    joint = torch.from_numpy(one[1].T @ two[1] / 60)
+    assert candidate.view_agreement(equal) == pytest.approx(float(view_agreement(joint)))
+    twice = np.repeat([2 / 60, 0], 30)  # a resample: the first half, twice
+    joint = torch.from_numpy(one[1, :30].T @ two[1, :30] / 30)
+    assert candidate.view_agreement(twice) == pytest.approx(float(view_agreement(joint)))
+
+
+# Searches
+
+
+def test_grid_search_finds_the_number():
+    search = GridSearchCV(clusterer(), {"n_clusters": range(2, 7)}, cv=2).fit(X)
+    assert search.best_params_ == {"n_clusters": 4}
+    assert search.predict(X).max() == 3
+
+
+class Threads(nn.Module):
+    """An identity that prints the threads it is computed with."""
+
+    def forward(self, x):
+        print("threads", torch.get_num_threads(), "of", os.cpu_count(), flush=True)
+        return x
+
+
+def test_grid_search_in_a_pipeline_by_two_processes(capfd):
+    model = make_pipeline(StandardScaler(), clusterer(backbone=Threads(), max_epochs=2))
+    grid = {"selflabelclusterer__n_clusters": [3, 4]}
+    with joblib.parallel_config("loky"):
+        search = GridSearchCV(model, grid, cv=2, n_jobs=2, refit=False).fit(X)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    lines = {line for line in capfd.readouterr().out.splitlines() if line.startswith("threads")}
+    assert lines
+    for line in lines:
+        threads, cores = (int(word) for word in line.split()[1::2])
+        assert 2 * threads <= max(cores, 2)
+
+
+@pytest.mark.parametrize("kind", [HalvingGridSearchCV, RandomizedSearchCV])
+def test_other_searches(kind):
+    options = {"n_iter": 3} if kind is RandomizedSearchCV else {"min_resources": 100}
+    search = kind(clusterer(), {"n_clusters": [2, 4, 7]}, cv=2, random_state=0, **options).fit(X)
+    assert search.best_params_ == {"n_clusters": 4}
+
+
+def test_scorers_in_a_search():
+    scoring = {"information": metrics.information_scorer, "heads": metrics.head_agreement_scorer}
+    search = GridSearchCV(clusterer(max_epochs=2), {"n_clusters": [3, 4]}, cv=2, scoring=scoring,
+                          refit="heads").fit(X)  # fmt: skip
+    assert np.isfinite(search.cv_results_["mean_test_information"]).all()
+
+
+# What fits share
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """Counts the rounds that are trained."""
+    counted, train = [], _recipe.self_label
+    monkeypatch.setattr(_recipe, "self_label", lambda *a: counted.append(1) or train(*a))
+    return counted
+
+
+def test_first_round_is_remembered_and_changes_nothing(tmp_path, rounds):
+    without = [clusterer(k).fit(X) for k in (3, 4)]
+    assert len(rounds) == 4
+    within = [clusterer(k, memory=str(tmp_path)).fit(X) for k in (3, 4)]
+    assert len(rounds) == 7
+    for one, two in zip(without, within, strict=True):
+        np.testing.assert_array_equal(one.predict_proba(X), two.predict_proba(X))
+        assert list(one.history_.loss) == list(two.history_.loss)
+    clusterer([3, 4], memory=joblib.Memory(str(tmp_path), verbose=0)).fit(X)
+    assert len(rounds) == 8
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"random_state": 1},
+        {"max_epochs": 10},
+        {"over_clusters": 20},
+        {"backbone": nn.Linear(6, 5)},
+        {"reg": 0.3},
+    ],
+)
+def test_another_first_round_is_not_taken_for_it(tmp_path, rounds, changed):
+    clusterer(memory=str(tmp_path)).fit(X)
+    clusterer(memory=str(tmp_path), **changed).fit(X)
+    assert len(rounds) == 4
+
+
+def test_nor_is_another_backbone_or_other_data(tmp_path, rounds):
+    backbone = nn.Linear(6, 5)
+    parameters = {"memory": str(tmp_path), "backbone": backbone, "max_epochs": 2}
+    clusterer(**parameters).fit(X)
+    clusterer(**parameters).fit(X)
+    assert len(rounds) == 3
+    nn.init.zeros_(backbone.weight)
+    clusterer(**parameters).fit(X)
+    assert len(rounds) == 5
+    clusterer(**parameters).fit(X + 1)
+    assert len(rounds) == 7
+
+
+def test_an_interrupted_first_round_is_not_remembered(tmp_path, monkeypatch, rounds):
+    train = _recipe.self_label
+
+    def interrupted(network, views, labels, schedule, *rest):
+        done = train(network, views, labels, schedule, *rest)
+        return done and labels.weights.shape[1] == 4
+
+    monkeypatch.setattr(_recipe, "self_label", interrupted)
+    with pytest.warns(ConvergenceWarning, match="interrupted"):
+        clusterer(memory=str(tmp_path)).fit(X)
+    monkeypatch.setattr(_recipe, "self_label", train)
+    before = len(rounds)
+    clusterer(memory=str(tmp_path)).fit(X)
+    assert len(rounds) == before + 2
+
+
+# How far to trust a label
+
+
+def overlapping(seed=0):
+    return make_blobs([200] * 3, n_features=4, cluster_std=2.5, center_box=(-5, 5),
+                      random_state=seed)  # fmt: skip
+
+
+def test_confident_labels_are_more_accurate():
+    points, classes = overlapping()
+    fitted = clusterer(3, max_epochs=20).fit(points)
+    confidence = fitted.confidence(points)
+    assert confidence.shape == (600,)
+    assert confidence.dtype == np.float32
+    assert 0 <= confidence.min() < 0.6
+    assert confidence.max() <= 1
+    top = np.argsort(-confidence)[:480]
+    sure = clustering_accuracy(classes[top], fitted.labels_[top])
+    assert sure > clustering_accuracy(classes, fitted.labels_) + 0.03
+
+
+def test_confidence_of_one_head_is_its_probability():
+    fitted = clusterer(n_heads=1).fit(X)
+    np.testing.assert_allclose(fitted.confidence(X), fitted.predict_proba(X).max(1), rtol=1e-6)
+
+
+def test_confidence_does_not_depend_on_the_company(chosen):
+    confidence = chosen.confidence(X)
+    np.testing.assert_array_equal(chosen.confidence(X[7:9]), confidence[7:9])
+    np.testing.assert_array_equal(chosen.confidence(X[::-1]), confidence[::-1])
+
+
+def test_meaning_of_another_heads_clusters():
+    labels, predicted = np.array([0, 0, 0, 0, 2, 2]), np.array([1, 1, 1, 0, 2, 2])
+    expected = [[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]]
+    np.testing.assert_array_equal(meaning(labels, predicted, 3).toarray(), expected)
+
+
+# Sizes that were asked for
+
+
+def test_predictions_far_from_the_sizes_asked_for_are_told():
+    with pytest.warns(ConvergenceWarning, match=r"cluster_sizes=.* asks for: sizes are \d+"):
+        clusterer(2, cluster_sizes=[0.5, 0.5], max_epochs=20).fit(X[y < 2][:130])
