@@ -144,9 +144,9 @@ def criteria(c: Candidate, points: np.ndarray) -> dict[str, float]:
     labels, views = own.argmax(1), hard_joint(one.argmax(1), two.argmax(1), k)
     several = len(np.unique(labels)) > 1
     equal = np.full(len(labels), 1 / len(labels))
-    silhouette, agreement = float(c.silhouette(equal)), float(c.view_agreement(equal))
+    silhouette, agreement = c.silhouette(equal)[c.best], c.view_agreement(equal)[c.best]
     return {
-        "score: S V^2 H": float(c.score(equal)),
+        "score: S V^2 H": c.score(equal)[c.best],
         "S V^2": silhouette * agreement**2,
         "S V": silhouette * agreement,
         "S V H": silhouette * agreement * c.head_agreement,

@@ -154,8 +154,9 @@ class SelfLabelClusterer(
     n_clusters_scores_ : pandas.DataFrame or None
         A row per number of clusters compared: n_clusters, score, its factors (silhouette,
         view_agreement, head_agreement: see ``criteria``) and support, the share of resamples
-        of the samples in which this number scores best. Near 1 the choice is clear; spread
-        over several, any of them will do. None if there was nothing to choose.
+        of the samples, seen by any of the heads, in which this number scores best. Spread over
+        several, any of them will do; another seed may still choose another. None if there was
+        nothing to choose.
     self_labels_ : ndarray of shape (n_heads, n_samples)
         The transport's own last assignments, a row per head.
     best_head_ : int
@@ -410,8 +411,9 @@ class SelfLabelClusterer(
             length; are clusters separated?
             view_agreement : Cohen's kappa between the labels of two random views of a sample;
             are they found again?
-            head_agreement : adjusted mutual information between the labels of two heads, mean
-            over pairs, of the same 2,000; 1 if there is one head. Is there one such clustering?
+            head_agreement : adjusted mutual information of the predicting head's labels with
+            each other head's, mean, of the same 2,000; 1 if there is one head. Do they find
+            the same?
             information : :func:`sklearn_sela.metrics.information_score`.
         """
         check_is_fitted(self)
@@ -435,7 +437,7 @@ class SelfLabelClusterer(
         return {
             "silhouette": float(silhouettes(features[scored], own[scored]).mean()),
             "view_agreement": self._view_agreement(X, rng),
-            "head_agreement": head_agreement(labels[scored].T),
+            "head_agreement": head_agreement(labels[scored].T, self.best_head_),
             "information": information_score(p[:, self.best_head_]),
         }
 

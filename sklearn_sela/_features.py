@@ -81,10 +81,10 @@ class LearnedFeatures:
         return labels
 
     def sample_labels(self, k: int, n_heads: int, seed: int, sample: np.ndarray) -> np.ndarray:
-        """(n_heads, len(sample)) labels of a sample of the reference rows: quicker, rougher."""
+        """(n_heads, len(sample)) labels of a sample of the reference rows."""
         z = self._outputs[sample]
         models = [
-            _k_means(embed(z), k, seed + t, n_init=3)
+            _k_means(embed(z), k, seed + t, n_init=10)
             for t, embed in enumerate(self._embeddings(k, n_heads))
         ]
         return np.stack([model.labels_ for model in models]).astype(np.int64)

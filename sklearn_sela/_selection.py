@@ -1,14 +1,13 @@
 """How many clusters: what makes a clustering a good one, and the number that makes the best.
 
 No class is seen. A good clustering is separated in the features, found again in another view
-of each row, and found by every head, though they started differently. Each alone fails: the
+of each row, and found by the other heads, which started differently. Each alone fails: the
 silhouette favours small clusters, agreement few. docs/n_clusters.rst compares their product
 with other criteria.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +29,7 @@ SCORED_ROWS = 2_000  # of those below: their silhouettes need the distances of a
 SAMPLED_ROWS = 5_000  # that stand for all in a score, and in the comparison of candidates
 _VIEWS = 4  # of each row, that the heads of a candidate learn from
 _EPOCHS = 10  # in which they do
-_RESAMPLES = 500  # of the rows, for the support of a candidate
+_TRIALS = 500  # for the support of a candidate
 
 
 def combined_score(silhouette: Any, view_agreement: Any, head_agreement: Any) -> Any:
@@ -49,13 +48,16 @@ def silhouettes(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return silhouette_samples(normalize(features), labels)
 
 
-def head_agreement(labels: np.ndarray) -> float:
-    """Adjusted mutual information of two heads' labels (n_heads, n), mean over pairs; or 1.
+def head_agreement(labels: np.ndarray, best: int) -> float:
+    """Adjusted mutual information of the best head's labels with each other's, mean; or 1.
 
-    Adjusted for chance (Vinh, Epps, Bailey, JMLR 2010), by which many clusters agree more.
+    labels is (n_heads, n). Adjusted for chance (Vinh, Epps, Bailey, JMLR 2010), by which many
+    clusters agree more.
     """
-    pairs = list(itertools.combinations(labels, 2))
-    return float(np.mean([adjusted_mutual_info_score(*pair) for pair in pairs])) if pairs else 1.0
+    others = np.delete(labels, best, axis=0)
+    if not len(others):
+        return 1.0
+    return float(np.mean([adjusted_mutual_info_score(labels[best], other) for other in others]))
 
 
 @dataclass
@@ -72,20 +74,20 @@ class Candidate:
 
     def __post_init__(self) -> None:
         labels = self.own.argmax(2)
-        self.silhouettes = silhouettes(self.features, labels[self.best])
-        self.head_agreement = head_agreement(labels)
+        self.silhouettes = np.stack([silhouettes(self.features, head) for head in labels])
+        self.head_agreement = head_agreement(labels, self.best)
 
     def silhouette(self, weights: np.ndarray) -> np.ndarray:
-        """(...) mean silhouette under weights of the rows (..., n) that sum to one."""
-        return weights @ self.silhouettes
+        """(n_heads, ...) mean silhouettes under weights of the rows (..., n) that sum to one."""
+        return self.silhouettes @ weights.T
 
     def view_agreement(self, weights: np.ndarray) -> np.ndarray:
-        """(...) Cohen's kappa of the labels of two views, likewise."""
-        one, two = self.one[self.best], self.two[self.best]
-        observed = weights @ (one * two).sum(1)
-        return cohen_kappa(observed, ((weights @ one) * (weights @ two)).sum(-1))
+        """(n_heads, ...) Cohen's kappa of the labels of two views, likewise."""
+        observed = (self.one * self.two).sum(2) @ weights.T
+        return cohen_kappa(observed, ((weights @ self.one) * (weights @ self.two)).sum(-1))
 
     def score(self, weights: np.ndarray) -> np.ndarray:
+        """(n_heads, ...) likewise."""
         found = self.silhouette(weights), self.view_agreement(weights), self.head_agreement
         return combined_score(*found)
 
@@ -134,29 +136,32 @@ def compare_n_clusters(
 ) -> pd.DataFrame:
     """A row per candidate: n_clusters, score, its three factors, and support.
 
-    Support is the share of resamples of the rows (bootstrap: Efron, Ann. Stat. 1979) in which
-    the candidate scores best.
+    The score is the predicting head's. Support is the share of trials in which the candidate
+    scores best, on a resample of the rows (bootstrap: Efron, Ann. Stat. 1979) and by any head
+    of each: heads differ where another start would.
     """
     table: list[dict] = []
-    scores: list[np.ndarray] = []
+    trials: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
     for candidate in candidates:
-        if not scores:
-            n = len(candidate.features)
+        n_heads, n = candidate.own.shape[:2]
+        if not trials:
             equal = np.full(n, 1 / n)
-            resamples = rng.multinomial(n, equal, size=_RESAMPLES) / n
+            resamples = rng.multinomial(n, equal, size=_TRIALS) / n
+        best = candidate.best
         row = {
             "n_clusters": candidate.k,
-            "score": float(candidate.score(equal)),
-            "silhouette": float(candidate.silhouette(equal)),
-            "view_agreement": float(candidate.view_agreement(equal)),
+            "score": float(candidate.score(equal)[best]),
+            "silhouette": float(candidate.silhouette(equal)[best]),
+            "view_agreement": float(candidate.view_agreement(equal)[best]),
             "head_agreement": candidate.head_agreement,
         }
         record({"stage": "n_clusters", **row})
         table.append(row)
-        scores.append(candidate.score(resamples))
-    wins = np.bincount(np.argmax(scores, axis=0), minlength=len(table))
-    return pd.DataFrame(table).assign(support=wins / _RESAMPLES)
+        any_head = rng.integers(n_heads, size=_TRIALS)
+        trials.append(candidate.score(resamples)[any_head, np.arange(_TRIALS)])
+    wins = np.bincount(np.argmax(trials, axis=0), minlength=len(table))
+    return pd.DataFrame(table).assign(support=wins / _TRIALS)
 
 
 def _ignore(row: dict) -> None:

@@ -177,8 +177,15 @@ def test_silhouettes_of_one_cluster_or_single_rows_are_0():
 def test_head_agreement_is_adjusted_for_chance():
     rng = np.random.default_rng(0)
     one = rng.integers(4, size=2000)
-    assert head_agreement(np.stack([one, 3 - one])) == pytest.approx(1)
-    assert abs(head_agreement(rng.integers(20, size=(3, 2000)))) < 0.01
+    assert head_agreement(np.stack([one, 3 - one]), 0) == pytest.approx(1)
+    assert abs(head_agreement(rng.integers(20, size=(3, 2000)), 2)) < 0.01
+
+
+def test_head_agreement_is_that_of_the_head_that_predicts():
+    one, two = np.repeat([0, 1], 50), np.tile([0, 1], 50)
+    labels = np.stack([one, two, one])
+    assert head_agreement(labels, 0) == pytest.approx(0.5, abs=0.02)
+    assert head_agreement(labels, 1) == pytest.approx(0, abs=0.02)
 
 
 def test_agreement_worse_than_chance_earns_nothing():
@@ -193,10 +200,10 @@ def test_weighted_view_agreement_is_kappa_of_the_joint_distribution():
     candidate = Candidate(3, np.arange(60), rng.normal(size=(60, 4)), own, one, two, best=1)
     equal = np.full(60, 1 / 60)
     joint = torch.from_numpy(one[1].T @ two[1] / 60)
-    assert candidate.view_agreement(equal) == pytest.approx(float(view_agreement(joint)))
+    assert candidate.view_agreement(equal)[1] == pytest.approx(float(view_agreement(joint)))
     twice = np.repeat([2 / 60, 0], 30)  # a resample: the first half, twice
     joint = torch.from_numpy(one[1, :30].T @ two[1, :30] / 30)
-    assert candidate.view_agreement(twice) == pytest.approx(float(view_agreement(joint)))
+    assert candidate.view_agreement(twice)[1] == pytest.approx(float(view_agreement(joint)))
 
 
 # Searches
