@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Passive waits: torch's and scikit-learn's threads do not fight over a busy machine's cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench-recipe bench-sinkhorn clean
+.PHONY: demo test lint clean bench-recipe bench-sinkhorn bench-n_clusters bench-sizes bench-search
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/plot_digits.py
@@ -20,7 +20,7 @@ lint: $(VENV)/installed
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-bench-recipe bench-sinkhorn: bench-%: $(VENV)/installed
+bench-recipe bench-sinkhorn bench-n_clusters bench-sizes bench-search: bench-%: $(VENV)/installed
 	$(BIN)/pip install -q -e .[benchmark]
 	$(BIN)/python benchmarks/$*.py
 
