@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -141,7 +142,8 @@ class SelfLabelClusterer(
     memory : str or joblib.Memory, default=None
         Where to keep what first rounds learned, as in ``Pipeline``. Fits that differ only in
         ``n_clusters``, ``cluster_sizes`` or ``verbose`` share one, if ``random_state`` is an
-        int: a search over them takes about half the time. Training data are not kept.
+        int: a search over them takes about half the time. Training data are not kept. Not with
+        a ``backbone`` or ``augment`` of your own: code that changed could not be told.
     verbose : int, default=0
         1 prints a line an epoch.
 
@@ -614,15 +616,20 @@ class SelfLabelClusterer(
 
         if self.memory is None:
             return lambda learn: learn()
+        if not isinstance(self.backbone, str) or not isinstance(self.augment, str | None):
+            warnings.warn(
+                "memory is not used: whether a backbone or an augment of your own is still the "
+                "same cannot be told, so the first round is learned each time.",
+                UserWarning,
+                stacklevel=5,
+            )
+            return lambda learn: learn()
         later = ("n_clusters", "cluster_sizes", "random_state", "memory", "verbose", "device")
         decides = {k: v for k, v in self.get_params(deep=False).items() if k not in later}
-        decides["over_clusters"] = recipe.over_clusters
-        if isinstance(self.backbone, nn.Module):
-            weights = {k: v.cpu().numpy() for k, v in self.backbone.state_dict().items()}
-            decides["backbone"] = (repr(self.backbone), weights)
+        decides |= {"over_clusters": recipe.over_clusters, "image_shape": self.image_shape_}
         where = (__version__, torch.__version__, str(device), torch.get_num_threads())
         cached = check_memory(self.memory).cache(_first_round, ignore=["learn"])
-        return partial(cached, X, seed, self.image_shape_, decides, where)
+        return partial(cached, joblib.hash(X), seed, decides, where)
 
     def _warn_of_duplicates(self, points: np.ndarray, n_clusters: int) -> None:
         distinct = len(np.unique(points, axis=0))
@@ -687,12 +694,7 @@ class SelfLabelClusterer(
 
 
 def _first_round(
-    X: np.ndarray,
-    seed: int,
-    image_shape: tuple[int, ...] | None,
-    decides: dict,
-    where: tuple,
-    learn: Callable[[], Round],
+    X_hash: str, seed: int, decides: dict, where: tuple, learn: Callable[[], Round]
 ) -> Round:
     """``learn()``; the other arguments are what decides its outcome, for joblib to compare."""
     return learn()

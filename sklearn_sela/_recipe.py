@@ -88,6 +88,8 @@ class Rounds:
         if many > k:
             epochs = (epochs + 1) // 2
             first, complete = self.learn_features(many, epochs)
+            # From here on the same, whether or not the first round was remembered,
+            reseed(self.generator, self.seed + 1)
             try:
                 comparison, k, labels, features = self.cluster_features(first)
             except KeyboardInterrupt:  # without this step the first round is lost: once more
@@ -95,8 +97,7 @@ class Rounds:
                 comparison, k, labels, features = self.cluster_features(first)
             # After Ctrl-C there is no second round: its heads stay where they start.
             epochs = recipe.schedule.epochs - epochs if complete else 0
-            # The same from here on, whether the first round was remembered, and k compared.
-            reseed(self.generator, self.seed + 1)
+            reseed(self.generator, self.seed + 2)  # and from here on, whether k was compared
         else:
             labels = starting_labels(self.geometry, k, recipe.n_heads, recipe.init, self.seed)
         labels, weights, pull = target_sizes(labels, k, recipe.cluster_sizes)
@@ -140,7 +141,7 @@ class Rounds:
         except FitInterruptedError:
             return network, False
         if not live:  # learned by an earlier fit
-            network.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
+            network.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
             for row in records:
                 self.record(row)
         return network, True

@@ -273,33 +273,59 @@ def test_first_round_is_remembered_and_changes_nothing(tmp_path, rounds):
     assert len(rounds) == 8
 
 
+def test_numbers_are_compared_alike_whether_or_not_it_is_remembered(tmp_path):
+    memory = str(tmp_path)
+    tables = [
+        clusterer([3, 4, 5], memory=m).fit(X).n_clusters_scores_ for m in (None, memory, memory)
+    ]
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0])
+
+
 @pytest.mark.parametrize(
     "changed",
     [
         {"random_state": 1},
         {"max_epochs": 10},
         {"over_clusters": 20},
-        {"backbone": nn.Linear(6, 5)},
+        {"augment": None},
         {"reg": 0.3},
+        {"n_clusters": 30},
     ],
 )
 def test_another_first_round_is_not_taken_for_it(tmp_path, rounds, changed):
     clusterer(memory=str(tmp_path)).fit(X)
-    clusterer(memory=str(tmp_path), **changed).fit(X)
+    clusterer(**{"memory": str(tmp_path), **changed}).fit(X)
     assert len(rounds) == 4
 
 
-def test_nor_is_another_backbone_or_other_data(tmp_path, rounds):
-    backbone = nn.Linear(6, 5)
-    parameters = {"memory": str(tmp_path), "backbone": backbone, "max_epochs": 2}
-    clusterer(**parameters).fit(X)
-    clusterer(**parameters).fit(X)
-    assert len(rounds) == 3
-    nn.init.zeros_(backbone.weight)
-    clusterer(**parameters).fit(X)
-    assert len(rounds) == 5
-    clusterer(**parameters).fit(X + 1)
+def test_nor_are_other_data(tmp_path, rounds):
+    for data in (X, X, X + 1, X.astype(np.float32)):
+        clusterer(memory=str(tmp_path), max_epochs=2).fit(data)
     assert len(rounds) == 7
+
+
+@pytest.mark.parametrize("own", [{"backbone": nn.Linear(6, 5)}, {"augment": lambda x: x}])
+def test_what_cannot_be_compared_is_not_remembered(tmp_path, rounds, own):
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="memory is not used"):
+            clusterer(memory=str(tmp_path), max_epochs=2, **own).fit(X)
+    assert len(rounds) == 4
+
+
+def test_training_data_are_not_kept(tmp_path):
+    secret = X.copy()
+    secret[0, 0] = 12.345678
+    clusterer(memory=str(tmp_path), max_epochs=2).fit(secret)
+    kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert kept
+    assert not any(b"12.345678" in k or secret[0].tobytes() in k for k in kept)
+
+
+def test_memory_may_map_its_files(tmp_path):
+    memory = joblib.Memory(str(tmp_path), mmap_mode="r", verbose=0)
+    one, two = (clusterer(memory=memory).fit(X) for _ in range(2))
+    np.testing.assert_array_equal(one.predict_proba(X), two.predict_proba(X))
 
 
 def test_an_interrupted_first_round_is_not_remembered(tmp_path, monkeypatch, rounds):
