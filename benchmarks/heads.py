@@ -17,7 +17,7 @@ import torch
 
 from datasets import blobs, named, thinned_digits
 from sklearn_sela import SelfLabelClusterer, _recipe
-from sklearn_sela._selection import silhouettes
+from sklearn_sela._selection import silhouettes, unit_distances
 from sklearn_sela.metrics import clustering_accuracy
 
 _CORNERS = {"centers": [[0, 0, 0], [8, 0, 0], [0, 8, 0]]}
@@ -101,12 +101,12 @@ def main() -> None:
             fitted = SelfLabelClusterer(len(np.unique(y)), random_state=seed).fit(X)
             ours, accuracies, separation = fitted.best_head_, [], []
             some = np.random.default_rng(0).permutation(len(X))[:2000]
-            features = fitted.transform(X[some])
+            distances = unit_distances(fitted.transform(X[some]))
             for head in range(fitted.n_heads):
                 fitted.best_head_ = head
                 labels = fitted.predict(X)
                 accuracies.append(clustering_accuracy(y, labels))
-                separation.append(silhouettes(features, labels[some]).mean())
+                separation.append(silhouettes(distances, labels[some]).mean())
             chosen = [
                 int(np.argmax([rule(joint) for joint in joints[-1]])) for rule in RULES.values()
             ]

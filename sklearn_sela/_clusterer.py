@@ -38,6 +38,7 @@ from sklearn_sela._selection import (
     combined_score,
     head_agreement,
     silhouettes,
+    unit_distances,
 )
 from sklearn_sela._training import LABEL_TOL, Schedule
 from sklearn_sela._validation import (
@@ -52,6 +53,7 @@ from sklearn_sela._validation import (
 )
 from sklearn_sela.metrics import information_score
 
+_NO_CLUSTERS = 0.05  # best score, below which the number found means little
 _FAR = 0.1  # share of samples beyond the sizes asked for that is worth a warning
 _SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
 
@@ -312,7 +314,13 @@ class SelfLabelClusterer(
             if self.verbose:
                 print(_progress(row, self.max_epochs), flush=True)
 
-        with seeded(seed, device) as generator, one_thread(self._small(recipe)):
+        # What a score needs of fit, whatever parameters are set later.
+        self._view_parameters = self.augment, self.n_neighbors, self.neighbor_probability
+        self._schedule = recipe.schedule
+        # Steps so short that more than one CPU thread would slow them down.
+        ours = isinstance(self.backbone, str)
+        self._small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
+        with seeded(seed, device) as generator, one_thread(self._small):
             backbone = self._make_backbone(n_values).to(device).float()
             n_features = feature_width(backbone, rows[slice(0, 2)])
             self._mirrors = not vectors and geometry.mirrors(rng)
@@ -366,7 +374,7 @@ class SelfLabelClusterer(
         The mean over heads of the probability that each gives to the label. What a cluster of
         another head means is read off the training samples: the share of it with that label.
         Low where the sample lies between clusters, and where heads that started from
-        different clusterings draw the line differently.
+        different clusterings draw the line differently; not, as a rule, far from all data.
         """
         check_is_fitted(self)
         X = self._validate_rows(X, reset=False)
@@ -437,7 +445,7 @@ class SelfLabelClusterer(
         scored = np.sort(rng.permutation(n)[:SCORED_ROWS])
         own = labels[:, self.best_head_]
         return {
-            "silhouette": float(silhouettes(features[scored], own[scored]).mean()),
+            "silhouette": float(silhouettes(unit_distances(features[scored]), own[scored]).mean()),
             "view_agreement": self._view_agreement(X, rng),
             "head_agreement": head_agreement(labels[scored].T, self.best_head_),
             "information": information_score(p[:, self.best_head_]),
@@ -447,12 +455,14 @@ class SelfLabelClusterer(
         if len(X) < 2:  # no neighbour to be seen as
             return 0.0
         device = next(self.network_.parameters()).device
-        recipe = self._recipe_of([self.n_clusters_], len(X))
-        with seeded(0, device) as generator, one_thread(self._small(recipe)):
+        with seeded(0, device) as generator, one_thread(self._small):
             rows = Rows(X, self._scaler, device)
             geometry = Geometry(rows, self.n_features_in_, rng)
             views = self._make_views(rows, geometry, generator)
-            joint = view_joint(self.network_, views, len(X), recipe.schedule)
+            try:
+                joint = view_joint(self.network_, views, len(X), self._schedule)
+            except FloatingPointError as error:
+                raise ValueError("X holds values too large, far outside those of fit.") from error
         return float(view_agreement(joint)[self.best_head_])
 
     def _predict_proba(self, X: np.ndarray) -> NDArray[np.float32]:
@@ -555,13 +565,12 @@ class SelfLabelClusterer(
         return made
 
     def _make_views(self, rows: Rows, geometry: Geometry, generator: torch.Generator) -> Views:
-        augment = self.augment
+        augment, k, probability = self._view_parameters
         if isinstance(augment, str):
             if self.image_shape_ is None:
                 augment = Jitter(generator)
             else:
                 augment = ImageAugment(generator, flip=self._mirrors)
-        k = self.n_neighbors
         if k == "auto":
             # Vectors have no augmentation to speak of: more neighbours make up for it. The
             # number must not depend on n_clusters: neither do the features, nor a score.
@@ -570,18 +579,16 @@ class SelfLabelClusterer(
         neighbors = None
         if k:
             neighbors = torch.from_numpy(geometry.neighbors(int(k))).to(generator.device)
-        return Views(rows.__getitem__, augment, neighbors, self.neighbor_probability, generator)
+        return Views(rows.__getitem__, augment, neighbors, probability, generator)
 
     def _recipe(self, n: int) -> Recipe:
-        return self._recipe_of(candidates(self, n), n)
-
-    def _recipe_of(self, candidates: list[int], n: int) -> Recipe:
+        numbers = candidates(self, n)
         over = self.over_clusters
         if over == "auto":
             # In steps, so that searches over n_clusters share the first round.
-            over = 50 * 2 ** max(0, math.ceil(math.log2(candidates[-1] / MOST_CLUSTERS)))
+            over = 50 * 2 ** max(0, math.ceil(math.log2(numbers[-1] / MOST_CLUSTERS)))
         return Recipe(
-            candidates=candidates,
+            candidates=numbers,
             n_heads=self.n_heads,
             over_clusters=int(over or 0),
             init=self.init,
@@ -602,11 +609,6 @@ class SelfLabelClusterer(
                 n_solves=self.n_solves,
             ),
         )
-
-    def _small(self, recipe: Recipe) -> bool:
-        """Whether a step is too short for more than one CPU thread."""
-        ours = isinstance(self.backbone, str)
-        return ours and recipe.schedule.batch_size * self.n_features_in_ <= _SMALL_BATCH
 
     def _remember(
         self, X: np.ndarray, seed: int, device: torch.device, recipe: Recipe
@@ -657,7 +659,17 @@ class SelfLabelClusterer(
                 ConvergenceWarning,
                 stacklevel=4,
             )
-        self._warn_of_sizes()
+        else:
+            self._warn_of_sizes()
+        table = self.n_clusters_scores_
+        if table is not None and table.score.max() < _NO_CLUSTERS:
+            warnings.warn(
+                f"No number of clusters stands out: the best score is {table.score.max():.2g}, of "
+                f"n_clusters={self.n_clusters_}. The data may have no clusters, or features that "
+                "hide them.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
         found = len(np.unique(self.labels_))
         if found == 1 < self.n_clusters_:
             warnings.warn(

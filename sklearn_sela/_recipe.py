@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._selection import compare_n_clusters, train_candidates
 from sklearn_sela._training import Schedule, SelfLabels, self_label
 
+T = TypeVar("T")
 OVER_CLUSTER_ROWS = 8  # fewest rows per cluster of the first round
 
 
@@ -59,6 +61,17 @@ class FitInterruptedError(Exception):
     """Ctrl-C in the first round, so that nobody remembers half of it."""
 
 
+def insist(step: Callable[[], T]) -> tuple[T, bool]:
+    """``step()``, once more if Ctrl-C interrupts it, and whether it did not.
+
+    For what is soon done, and without which the first round would be lost.
+    """
+    try:
+        return step(), True
+    except KeyboardInterrupt:
+        return step(), False
+
+
 Round = tuple[dict[str, np.ndarray], list[dict]]  # weights, and the record of each epoch
 
 
@@ -90,11 +103,15 @@ class Rounds:
             first, complete = self.learn_features(many, epochs)
             # From here on the same, whether or not the first round was remembered,
             reseed(self.generator, self.seed + 1)
-            try:
-                comparison, k, labels, features = self.cluster_features(first)
-            except KeyboardInterrupt:  # without this step the first round is lost: once more
-                complete = False
-                comparison, k, labels, features = self.cluster_features(first)
+            learned, undisturbed = insist(lambda: LearnedFeatures(first, self.geometry))
+            complete = complete and undisturbed
+            if complete and len(recipe.candidates) > 1:
+                comparison, complete = self.compare(learned)
+                if comparison is not None:
+                    k = int(comparison.n_clusters[comparison.score.argmax()])
+            features = learned.features
+            labels, undisturbed = insist(lambda: learned.labels(k, recipe.n_heads, self.seed))
+            complete = complete and undisturbed
             # After Ctrl-C there is no second round: its heads stay where they start.
             epochs = recipe.schedule.epochs - epochs if complete else 0
             reseed(self.generator, self.seed + 2)  # and from here on, whether k was compared
@@ -146,25 +163,18 @@ class Rounds:
                 self.record(row)
         return network, True
 
-    def cluster_features(
-        self, network: SelfLabelNetwork
-    ) -> tuple[pd.DataFrame | None, int, np.ndarray, np.ndarray]:
-        """(comparison, best k, its labels (n_heads, n), features of the reference rows)."""
-        recipe, comparison, k = self.recipe, None, self.recipe.candidates[0]
-        learned = LearnedFeatures(network, self.geometry)
-        if len(recipe.candidates) > 1:
-            candidates = train_candidates(
-                learned,
-                self.views,
-                recipe.candidates,
-                self._labels,
-                recipe.schedule,
-                self.generator,
-                self.seed,
-            )
-            comparison = compare_n_clusters(candidates, self.record, self.seed)
-            k = int(comparison.n_clusters[comparison.score.argmax()])
-        return comparison, k, learned.labels(k, recipe.n_heads, self.seed), learned.features
+    def compare(self, learned: LearnedFeatures) -> tuple[pd.DataFrame | None, bool]:
+        """Compare the candidates; see :func:`compare_n_clusters`."""
+        candidates = train_candidates(
+            learned,
+            self.views,
+            self.recipe.candidates,
+            self._labels,
+            self.recipe.schedule,
+            self.generator,
+            self.seed,
+        )
+        return compare_n_clusters(candidates, self.record, self.seed)
 
     def _network(self, n_clusters: int) -> SelfLabelNetwork:
         n_heads = self.recipe.n_heads

@@ -8,14 +8,14 @@ with other criteria.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import adjusted_mutual_info_score, silhouette_samples
+from sklearn.metrics import adjusted_mutual_info_score, euclidean_distances, silhouette_samples
 from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
@@ -34,18 +34,27 @@ _TRIALS = 500  # for the support of a candidate
 
 def combined_score(silhouette: Any, view_agreement: Any, head_agreement: Any) -> Any:
     """The score of a clustering from what speaks for it, elementwise; higher is better."""
-    agreement = np.maximum(view_agreement, 0) ** 2 * np.maximum(head_agreement, 0)
-    return silhouette * agreement
+    factors = (
+        np.maximum(silhouette, 0),
+        np.maximum(view_agreement, 0),
+        np.maximum(head_agreement, 0),
+    )
+    return factors[0] * factors[1] ** 2 * factors[2]
 
 
-def silhouettes(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(n,) silhouettes (Rousseeuw, J. Comput. Appl. Math. 1987) of features of unit length.
+def unit_distances(features: np.ndarray) -> np.ndarray:
+    """(n, n) Euclidean distances of features (n, d) brought to unit length."""
+    return euclidean_distances(normalize(features))
+
+
+def silhouettes(distances: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(n,) silhouettes (Rousseeuw, J. Comput. Appl. Math. 1987) from distances (n, n).
 
     0 where all labels are the same, or all differ.
     """
     if not 1 < len(np.unique(labels)) < len(labels):
         return np.zeros(len(labels))
-    return silhouette_samples(normalize(features), labels)
+    return silhouette_samples(distances, labels, metric="precomputed")
 
 
 def head_agreement(labels: np.ndarray, best: int) -> float:
@@ -67,6 +76,7 @@ class Candidate:
     k: int
     rows: np.ndarray  # (n,) their indices
     features: np.ndarray  # (n, d)
+    distances: np.ndarray  # (n, n) between them
     own: np.ndarray  # (n_heads, n, k) probabilities,
     one: np.ndarray  # those of a view of each row,
     two: np.ndarray  # and of another
@@ -74,7 +84,7 @@ class Candidate:
 
     def __post_init__(self) -> None:
         labels = self.own.argmax(2)
-        self.silhouettes = np.stack([silhouettes(self.features, head) for head in labels])
+        self.silhouettes = np.stack([silhouettes(self.distances, head) for head in labels])
         self.head_agreement = head_agreement(labels, self.best)
 
     def silhouette(self, weights: np.ndarray) -> np.ndarray:
@@ -117,51 +127,63 @@ def train_candidates(
     frozen.features = frozen.features[:-2]  # a view that taught would flatter
     seen.append(torch.from_numpy(features[scored]).to(device))
     schedule = replace(schedule, epochs=_EPOCHS, n_views=0, n_solves=None)
+    scored_rows, scored_features = learned.reference[sample[scored]], features[scored]
+    distances = unit_distances(scored_features)
     for k in numbers:
+        generator.manual_seed(seed)  # a candidate's score does not depend on the others
         labels = learned.sample_labels(k, n_heads, seed, sample)
         labels, weights, pull = target_sizes(labels, k, "learned")
         heads = SelfLabelNetwork(nn.Identity(), features.shape[1], n_heads, k).to(device)
         start_at_centroids(heads, features, labels)
-        self_label(heads, frozen, label(labels, weights, pull), schedule, generator, _ignore)
+        state = label(labels, weights, pull)
+        if not self_label(heads, frozen, state, schedule, generator, _ignore):
+            raise KeyboardInterrupt
         with torch.no_grad():
             p = [heads.eval()(x).double().softmax(2).transpose(0, 1) for x in seen]
         best = choose_head(p[0].transpose(1, 2) @ p[1] / len(scored))
         one, two, own = (x.cpu().numpy() for x in p)
-        scored_rows = learned.reference[sample[scored]]
-        yield Candidate(k, scored_rows, features[scored], own, one, two, best)
+        yield Candidate(k, scored_rows, scored_features, distances, own, one, two, best)
 
 
 def compare_n_clusters(
-    candidates: Iterable[Candidate], record: Callable[[dict], None], seed: int
-) -> pd.DataFrame:
+    candidates: Iterator[Candidate], record: Callable[[dict], None], seed: int
+) -> tuple[pd.DataFrame | None, bool]:
     """A row per candidate: n_clusters, score, its three factors, and support.
 
     The score is the predicting head's. Support is the share of trials in which the candidate
     scores best, on a resample of the rows (bootstrap: Efron, Ann. Stat. 1979) and by any head
-    of each: heads differ where another start would.
+    of each: heads differ where another start would. After Ctrl-C, the table is of those
+    compared until then, None if there are none; the second value says whether it is complete.
     """
     table: list[dict] = []
     trials: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
-    for candidate in candidates:
-        n_heads, n = candidate.own.shape[:2]
-        if not trials:
-            equal = np.full(n, 1 / n)
-            resamples = rng.multinomial(n, equal, size=_TRIALS) / n
-        best = candidate.best
-        row = {
-            "n_clusters": candidate.k,
-            "score": float(candidate.score(equal)[best]),
-            "silhouette": float(candidate.silhouette(equal)[best]),
-            "view_agreement": float(candidate.view_agreement(equal)[best]),
-            "head_agreement": candidate.head_agreement,
-        }
-        record({"stage": "n_clusters", **row})
-        table.append(row)
-        any_head = rng.integers(n_heads, size=_TRIALS)
-        trials.append(candidate.score(resamples)[any_head, np.arange(_TRIALS)])
-    wins = np.bincount(np.argmax(trials, axis=0), minlength=len(table))
-    return pd.DataFrame(table).assign(support=wins / _TRIALS)
+    complete = False
+    try:
+        for candidate in candidates:
+            n_heads, n = candidate.own.shape[:2]
+            if not trials:
+                equal = np.full(n, 1 / n)
+                resamples = rng.multinomial(n, equal, size=_TRIALS) / n
+            any_head = rng.integers(n_heads, size=_TRIALS)
+            trial = candidate.score(resamples)[any_head, np.arange(_TRIALS)]
+            best = candidate.best
+            row = {
+                "n_clusters": candidate.k,
+                "score": float(candidate.score(equal)[best]),
+                "silhouette": float(candidate.silhouette(equal)[best]),
+                "view_agreement": float(candidate.view_agreement(equal)[best]),
+                "head_agreement": candidate.head_agreement,
+            }
+            record({"stage": "n_clusters", **row})
+            trials.append(trial)
+            table.append(row)
+        complete = True
+    except KeyboardInterrupt:
+        if not table:
+            return None, False
+    wins = np.bincount(np.argmax(trials[: len(table)], axis=0), minlength=len(table))
+    return pd.DataFrame(table).assign(support=wins / _TRIALS), complete
 
 
 def _ignore(row: dict) -> None:

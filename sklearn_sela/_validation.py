@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sized
 from numbers import Integral, Real
 from typing import Any
 
@@ -35,7 +36,10 @@ def check_parameters(estimator: Any) -> None:
     _check_number("weight_decay", estimator.weight_decay, Real, 0)
     _check_number("neighbor_probability", estimator.neighbor_probability, Real, 0, high=1)
     _check_number("label_momentum", estimator.label_momentum, Real, 0, high=1)
-    check_memory(estimator.memory)
+    try:
+        check_memory(estimator.memory)
+    except OSError as error:
+        raise ValueError(f"memory={estimator.memory!r} cannot be used: {error}") from error
     _check_choice("init", estimator.init, ["kmeans", "random"])
     _check_choice("lr_schedule", estimator.lr_schedule, ["one_cycle", "step"])
     if not isinstance(estimator.soft_targets, bool | np.bool_):
@@ -57,13 +61,19 @@ def _check_n_clusters(estimator: Any) -> None:
     asked = estimator.n_clusters
     if isinstance(asked, str):
         _check_choice("n_clusters", asked, ["auto"], "a number or several to choose from")
-    elif np.iterable(asked):
-        if len(list(asked)) == 0:
-            raise ValueError(f"n_clusters={asked!r} holds no number to choose from.")
-        for k in asked:
-            _check_number("n_clusters", k, Integral, 1)
-    else:
+    elif not np.iterable(asked):
         _check_number("n_clusters", asked, Integral, 1)
+    elif not isinstance(asked, Sized) or isinstance(asked, Mapping | bytes):
+        raise TypeError(
+            f"n_clusters must be an integer, 'auto' or a sequence of integers, got {asked!r}."
+        )
+    elif len(asked) == 0:
+        raise ValueError(f"n_clusters={asked!r} holds no number to choose from.")
+    else:
+        for k in {asked[0], asked[-1]} if isinstance(asked, range) else asked:
+            _check_number("n_clusters", k, Integral, 1)
+        if len(asked) == 1:
+            return
     if isinstance(asked, Integral):
         return
     if not isinstance(estimator.cluster_sizes, str):
@@ -117,13 +127,15 @@ def cluster_sizes(estimator: Any) -> str | np.ndarray:
         sizes = np.asarray(estimator.cluster_sizes, dtype=np.float64)
     except (TypeError, ValueError):
         sizes = np.array(np.nan)
-    valid = sizes.shape == (estimator.n_clusters,) and np.isfinite(sizes).all() and sizes.min() > 0
+    one = estimator.n_clusters
+    one = next(iter(one)) if np.iterable(one) and not isinstance(one, str) else one
+    valid = sizes.shape == (one,) and np.isfinite(sizes).all() and sizes.min() > 0
     if valid:
         sizes = sizes / sizes.max()  # first: the sum of large numbers may be infinite
         valid = sizes.min() > 0
     if not valid:
         raise ValueError(
-            f"cluster_sizes must be 'learned', 'balanced' or n_clusters={estimator.n_clusters} "
+            f"cluster_sizes must be 'learned', 'balanced' or n_clusters={one} "
             f"positive shares, got {estimator.cluster_sizes!r}."
         )
     return sizes / sizes.sum()
@@ -182,7 +194,10 @@ def _check_number(
     if isinstance(value, bool) or not isinstance(value, kind):
         noun = "an integer" if kind is Integral else "a number"
         raise TypeError(f"{name} must be {noun}, got {value!r}.")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not (low < number if strict else low <= number) or not number <= min(high, 1e300):
         bound = f"> {low}" if strict else f">= {low}"
         limit = "finite" if high == math.inf else f"<= {high}"

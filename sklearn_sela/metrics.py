@@ -101,8 +101,14 @@ def information_scorer(estimator: Any, X: Any, y: Any = None) -> float:
 
 
 def _criterion(estimator: Any, X: Any, name: str) -> float:
+    estimator = getattr(estimator, "best_estimator_", estimator)  # of a search
     if isinstance(estimator, Pipeline):
         if len(estimator) > 1:
             X = estimator[:-1].transform(X)
         estimator = estimator[-1]
+    if not hasattr(estimator, "criteria"):
+        raise TypeError(
+            f"The scorer needs a SelfLabelClusterer or a Pipeline that ends in one, not "
+            f"{type(estimator).__name__}."
+        )
     return float(estimator.criteria(X)[name])

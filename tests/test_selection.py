@@ -18,9 +18,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from sklearn_sela import SelfLabelClusterer, _recipe, metrics
+from sklearn_sela import SelfLabelClusterer, _recipe, _selection, metrics
 from sklearn_sela._heads import meaning, view_agreement
-from sklearn_sela._selection import Candidate, combined_score, head_agreement, silhouettes
+from sklearn_sela._selection import (
+    Candidate,
+    combined_score,
+    head_agreement,
+    silhouettes,
+    unit_distances,
+)
 from sklearn_sela.metrics import clustering_accuracy
 
 X, y = make_blobs(
@@ -99,6 +105,23 @@ def test_choices_that_cannot_be_made_are_refused(parameters, message):
         clusterer(**parameters).fit(X)
 
 
+@pytest.mark.parametrize("numbers", [iter([2, 3]), {2: 3}, b"23", [2, "3"], None])
+def test_what_holds_no_numbers_is_refused(numbers):
+    with pytest.raises(TypeError, match="n_clusters must be an integer"):
+        clusterer(numbers).fit(X)
+
+
+@pytest.mark.parametrize("number", [10**400, range(2, 10**7)])
+def test_numbers_beyond_all_samples_are_refused(number):
+    with pytest.raises(ValueError, match="n_clusters"):
+        clusterer(number).fit(X)
+
+
+def test_one_number_needs_no_choice():
+    fitted = clusterer([2], over_clusters=None, cluster_sizes=[0.7, 0.3], max_epochs=1)
+    assert fitted.fit(X).n_clusters_ == 2
+
+
 def test_numbers_that_are_not_integers_are_refused():
     with pytest.raises(TypeError, match=r"n_clusters must be an integer, got 2\.5"):
         clusterer([2, 2.5]).fit(X)
@@ -132,7 +155,7 @@ def test_score_is_the_product_of_its_criteria(chosen):
     assert chosen.score(X) == combined_score(*(found[name] for name in FACTORS))
     proba = chosen.predict_proba(X)
     assert found["information"] == pytest.approx(metrics.information_score(proba), abs=1e-6)
-    own = silhouettes(chosen.transform(X), chosen.labels_).mean()
+    own = silhouettes(unit_distances(chosen.transform(X)), chosen.labels_).mean()
     assert found["silhouette"] == pytest.approx(own, abs=1e-6)
 
 
@@ -171,7 +194,7 @@ def test_each_criterion_is_a_scorer(chosen, name):
 def test_silhouettes_of_one_cluster_or_single_rows_are_0():
     points = np.random.default_rng(0).normal(size=(5, 3))
     for labels in (np.zeros(5, int), np.arange(5)):
-        np.testing.assert_array_equal(silhouettes(points, labels), 0)
+        np.testing.assert_array_equal(silhouettes(unit_distances(points), labels), 0)
 
 
 def test_head_agreement_is_adjusted_for_chance():
@@ -188,6 +211,36 @@ def test_head_agreement_is_that_of_the_head_that_predicts():
     assert head_agreement(labels, 1) == pytest.approx(0, abs=0.02)
 
 
+def test_data_without_clusters_are_told():
+    noise = np.random.default_rng(0).normal(size=(300, 10))
+    with pytest.warns(ConvergenceWarning, match="No number of clusters stands out"):
+        clusterer("auto").fit(noise)
+
+
+def test_score_is_of_the_fit_whatever_is_set_later(chosen):
+    before = chosen.score(X)
+    later = clone(chosen, safe=False)
+    later.__dict__.update(chosen.__dict__)
+    later.set_params(n_neighbors=3, augment=None, neighbor_probability=0.1, batch_size=7)
+    assert later.score(X) == before
+
+
+def test_rows_far_outside_those_of_fit_are_refused(chosen):
+    with pytest.raises(ValueError, match="values too large"):
+        chosen.score(X * 1e38)
+
+
+def test_scorers_follow_a_search_and_refuse_others(chosen):
+    search = GridSearchCV(clusterer(max_epochs=2), {"n_clusters": [3, 4]}, cv=2).fit(X)
+    assert 0 <= metrics.silhouette_scorer(search, X) <= 1
+    with pytest.raises(TypeError, match="not StandardScaler"):
+        metrics.silhouette_scorer(StandardScaler().fit(X), X)
+
+
+def test_overlap_earns_nothing():
+    assert combined_score(-0.05, 1.0, 1.0) == combined_score(-0.05, 0.1, 0.1) == 0
+
+
 def test_agreement_worse_than_chance_earns_nothing():
     assert combined_score(0.5, -0.3, 1.0) == 0
     assert combined_score(0.5, 1.0, -0.1) == 0
@@ -197,13 +250,67 @@ def test_agreement_worse_than_chance_earns_nothing():
 def test_weighted_view_agreement_is_kappa_of_the_joint_distribution():
     rng = np.random.default_rng(0)
     own, one, two = rng.dirichlet(np.ones(3), size=(3, 2, 60))
-    candidate = Candidate(3, np.arange(60), rng.normal(size=(60, 4)), own, one, two, best=1)
+    features = rng.normal(size=(60, 4))
+    distances = unit_distances(features)
+    candidate = Candidate(3, np.arange(60), features, distances, own, one, two, best=1)
     equal = np.full(60, 1 / 60)
     joint = torch.from_numpy(one[1].T @ two[1] / 60)
     assert candidate.view_agreement(equal)[1] == pytest.approx(float(view_agreement(joint)))
     twice = np.repeat([2 / 60, 0], 30)  # a resample: the first half, twice
     joint = torch.from_numpy(one[1, :30].T @ two[1, :30] / 30)
     assert candidate.view_agreement(twice)[1] == pytest.approx(float(view_agreement(joint)))
+
+
+# Interruption
+
+
+class Stopping:
+    """An augmentation that raises KeyboardInterrupt, as Ctrl-C does, at some calls."""
+
+    def __init__(self, *at):
+        self.at, self.calls = at, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls in self.at:
+            raise KeyboardInterrupt
+        return x
+
+
+def interrupted_while_comparing(monkeypatch, *at):
+    train, calls = _selection.self_label, []
+
+    def training(*args):
+        calls.append(1)
+        return train(*args) if len(calls) not in at else False  # what it returns on Ctrl-C
+
+    monkeypatch.setattr(_selection, "self_label", training)
+    with pytest.warns(ConvergenceWarning, match="interrupted"):
+        fitted = clusterer(range(3, 9)).fit(X)
+    return fitted, len(calls)
+
+
+def test_an_interrupted_comparison_stops_with_what_it_has(monkeypatch):
+    fitted, calls = interrupted_while_comparing(monkeypatch, 4)
+    assert calls == 4
+    assert list(fitted.n_clusters_scores_.n_clusters) == [3, 4, 5]
+    assert fitted.n_clusters_scores_.support.sum() == pytest.approx(1)
+    assert fitted.n_clusters_ == 4
+    assert set(fitted.history_.stage) == {"features"}
+
+
+def test_a_comparison_interrupted_at_once_leaves_the_first_number(monkeypatch):
+    fitted, calls = interrupted_while_comparing(monkeypatch, 1)
+    assert calls == 1
+    assert fitted.n_clusters_scores_ is None
+    assert fitted.n_clusters_ == 3
+
+
+def test_nothing_is_compared_after_an_interrupted_first_round():
+    with pytest.warns(ConvergenceWarning, match="interrupted"):
+        fitted = clusterer("auto", augment=Stopping(20)).fit(X)
+    assert fitted.n_clusters_scores_ is None
+    assert fitted.predict(X).max() <= 1
 
 
 # Searches
