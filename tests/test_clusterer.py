@@ -89,6 +89,7 @@ def assert_same_fit(one, two):
         ),
         pytest.param(SelfLabelClusterer(backbone=small_backbone, max_epochs=6), id="backbone"),
         pytest.param(SelfLabelClusterer(max_epochs=6, **PAPER), id="paper"),
+        pytest.param(SelfLabelClusterer(n_clusters="auto", max_epochs=6), id="auto"),
     ],
 )
 def test_scikit_learn_checks_pass(estimator):
