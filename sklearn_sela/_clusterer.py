@@ -385,9 +385,8 @@ class SelfLabelClusterer(
                 torch.from_numpy(np.stack([m.col, m.row])),
                 torch.from_numpy(m.data),
                 m.shape,
-                device=device,
                 check_invariants=False,
-            )
+            ).to(device)
             for m in self._meanings
         ]
 
