@@ -324,7 +324,8 @@ class SelfLabelClusterer(
         with seeded(seed, device) as generator, one_thread(self._small):
             backbone = self._make_backbone(n_values).to(device).float()
             n_features = feature_width(backbone, rows[slice(0, 2)])
-            self._mirrors = not vectors and geometry.mirrors(rng)
+            asked = isinstance(self.augment, str) and not vectors
+            self._mirrors = asked and geometry.mirrors(rng)
             views = self._make_views(rows, geometry, generator)
             remember = self._remember(X, seed, device, recipe)
             fitted = Rounds(
