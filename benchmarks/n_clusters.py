@@ -16,6 +16,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     adjusted_mutual_info_score,
     calinski_harabasz_score,
+    cohen_kappa_score,
     davies_bouldin_score,
+    mutual_info_score,
     silhouette_score,
 )
 from sklearn.mixture import GaussianMixture
@@ -34,6 +37,7 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.preprocessing import StandardScaler, normalize
 
 from datasets import load, named, thinned_digits
+from heads import entropy
 from sklearn_sela import SelfLabelClusterer, _recipe
 from sklearn_sela._selection import Candidate
 from sklearn_sela.metrics import information_score
@@ -92,26 +96,11 @@ OTHERS = {  # looked at once it was
 }
 
 
-def hard_joint(one: np.ndarray, two: np.ndarray, k: int) -> np.ndarray:
-    joint = np.zeros((k, k))
-    np.add.at(joint, (one, two), 1 / len(one))
-    return joint
-
-
-def entropy(p: np.ndarray) -> float:
-    return float(-np.sum(p * np.log(np.where(p > 0, p, 1))))
-
-
-def kappa(joint: np.ndarray) -> float:
-    chance = float(joint.sum(0) @ joint.sum(1))
-    return (float(np.trace(joint)) - chance) / max(1 - chance, 1e-12)
-
-
-def net_information(joint: np.ndarray) -> float:
+def net_information(one: np.ndarray, two: np.ndarray) -> float:
     """Mutual information of two views' labels, less twice what they do not share."""
-    mean = (entropy(joint.sum(0)) + entropy(joint.sum(1))) / 2
-    shared = 2 * mean - entropy(joint)
-    return shared - 2 * (mean - shared)
+    shared = mutual_info_score(one, two)
+    entropies = [entropy(np.bincount(labels) / len(labels)) for labels in (one, two)]
+    return float(shared - 2 * (np.mean(entropies) - shared))
 
 
 def prediction_strength(features: np.ndarray, k: int) -> float:
@@ -128,20 +117,20 @@ def prediction_strength(features: np.ndarray, k: int) -> float:
     return float(pairs.min())
 
 
-def probe(features: np.ndarray, labels: np.ndarray, k: int) -> float:
+def probe(features: np.ndarray, labels: np.ndarray) -> float:
     """Agreement, beyond chance, of labels and their cross-validated linear prediction.
 
     After TURTLE (Gadetsky, Jiang, Brbic, ICML 2024), which chooses labels by it.
     """
     model = LogisticRegression(max_iter=100)
-    return kappa(hard_joint(labels, cross_val_predict(model, features, labels, cv=3), k))
+    return float(cohen_kappa_score(labels, cross_val_predict(model, features, labels, cv=3)))
 
 
 def criteria(c: Candidate, points: np.ndarray) -> dict[str, float]:
     """All criteria of one clustering; higher is better."""
     features, k = normalize(c.features), c.k
     own, one, two = (p[c.best] for p in (c.own, c.one, c.two))
-    labels, views = own.argmax(1), hard_joint(one.argmax(1), two.argmax(1), k)
+    labels, *views = own.argmax(1), one.argmax(1), two.argmax(1)
     several = len(np.unique(labels)) > 1
     equal = np.full(len(labels), 1 / len(labels))
     silhouette, agreement = c.silhouette(equal)[c.best], c.view_agreement(equal)[c.best]
@@ -156,10 +145,10 @@ def criteria(c: Candidate, points: np.ndarray) -> dict[str, float]:
         "head agreement H": c.head_agreement,
         "information I": information_score(own),
         "mean top probability": float(own.max(1).mean()),
-        "AMI of views": adjusted_mutual_info_score(one.argmax(1), two.argmax(1)),
-        "net information": net_information(views),
+        "AMI of views": adjusted_mutual_info_score(*views),
+        "net information": net_information(*views),
         "prediction strength": prediction_strength(features, k),
-        "linear probe": probe(features, labels, k) if several else 0.0,
+        "linear probe": probe(features, labels) if several else 0.0,
         "Calinski-Harabasz": calinski_harabasz_score(features, labels) if several else 0.0,
         "Davies-Bouldin": -davies_bouldin_score(features, labels) if several else -np.inf,
         "S in PCA": silhouette_score(points[c.rows], labels) if several else 0.0,
@@ -189,7 +178,7 @@ def compare(X: np.ndarray, seed: int) -> dict[str, int]:
     points = PCA(min(50, *flat.shape), random_state=0).fit_transform(flat)
     kept: list[Candidate] = []
 
-    def keep(candidates: Iterable[Candidate], record: Callable, seed: int) -> pd.DataFrame:
+    def keep(candidates: Iterable[Candidate], record: Callable, seed: int) -> NoReturn:
         kept.extend(candidates)
         raise Compared
 

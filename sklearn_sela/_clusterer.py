@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -20,9 +17,8 @@ from sklearn.base import (
     ClusterMixin,
     TransformerMixin,
 )
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
-from sklearn.utils.validation import check_is_fitted, check_memory, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from sklearn_sela._augment import ImageAugment, Jitter, Views
@@ -30,8 +26,9 @@ from sklearn_sela._backbones import convnet, feature_width, mlp
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
 from sklearn_sela._device import one_thread, resolve_device, seeded
 from sklearn_sela._heads import meaning, view_agreement, view_joint
+from sklearn_sela._memory import remember_by
 from sklearn_sela._network import inference, rows_at_once
-from sklearn_sela._recipe import OVER_CLUSTER_ROWS, Recipe, Round, Rounds
+from sklearn_sela._recipe import OVER_CLUSTER_ROWS, Recipe, Rounds
 from sklearn_sela._selection import (
     SAMPLED_ROWS,
     SCORED_ROWS,
@@ -40,7 +37,7 @@ from sklearn_sela._selection import (
     silhouettes,
     unit_distances,
 )
-from sklearn_sela._training import LABEL_TOL, Schedule
+from sklearn_sela._training import Schedule
 from sklearn_sela._validation import (
     CHANNELS_FIRST,
     MOST_CLUSTERS,
@@ -51,10 +48,9 @@ from sklearn_sela._validation import (
     cluster_sizes,
     image_shape_of,
 )
+from sklearn_sela._warnings import warn_of_duplicates, warn_of_trouble
 from sklearn_sela.metrics import information_score
 
-_NO_CLUSTERS = 0.05  # best score, below which the number found means little
-_FAR = 0.1  # share of samples beyond the sizes asked for that is worth a warning
 _SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
 
 
@@ -73,8 +69,7 @@ class SelfLabelClusterer(
     n_clusters : int, "auto" or sequence of int, default=8
         Number of clusters K, or numbers to choose from by what ``score`` looks at, on the
         features of the first round; eight take about half as long as a fit, 24 of small data
-        two fits.
-        "auto" is 2 to 25, to less for fewer than 208 samples.
+        two fits. "auto" is 2 to 25; fewer below 208 samples, and 2 alone below 32.
     n_heads : int, default=3
         Clustering heads that share the backbone: T of the paper. They start from different
         clusterings; the one whose labels agree best between views predicts. Of heads that
@@ -305,7 +300,7 @@ class SelfLabelClusterer(
         scaler = Scaler(X if vectors else X[draw_rows(n, n_values, n, rng)], self.image_shape_)
         rows = Rows(X, scaler, device)
         geometry = Geometry(rows, n_values, rng)
-        self._warn_of_duplicates(geometry.points, recipe.candidates[0])
+        warn_of_duplicates(geometry.points, recipe.candidates[0])
         history: list[dict] = []
 
         def record(row: dict) -> None:
@@ -327,7 +322,7 @@ class SelfLabelClusterer(
             asked = isinstance(self.augment, str) and not vectors
             self._mirrors = asked and geometry.mirrors(rng)
             views = self._make_views(rows, geometry, generator)
-            remember = self._remember(X, seed, device, recipe)
+            remember = remember_by(self, X, seed, device, recipe)
             fitted = Rounds(
                 backbone, n_features, geometry, views, recipe, generator, seed, record, remember
             ).fit()
@@ -346,7 +341,7 @@ class SelfLabelClusterer(
         labels = self._head_labels(X)
         self.labels_ = labels[:, self.best_head_]
         self._meanings = [meaning(row, self.labels_, self.n_clusters_) for row in labels.T]
-        self._warn_of_trouble(fitted.complete, fitted.marginal_error)
+        warn_of_trouble(self, fitted.complete, fitted.marginal_error)
         return self
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
@@ -434,12 +429,7 @@ class SelfLabelClusterer(
             X = X[np.sort(rng.permutation(len(X))[:SAMPLED_ROWS])]
         n, (n_heads, k) = len(X), self.network_.shape
 
-        def both(x: Tensor) -> Tensor:
-            features = self.network_.embed(x)
-            p = self.network_.heads(features).unflatten(1, self.network_.shape).softmax(2)
-            return torch.cat([features, p.flatten(1)], 1)
-
-        out = self._infer(X, both, self._n_features_out + n_heads * k)
+        out = self._infer(X, self.network_.describe, self._n_features_out + n_heads * k)
         features, p = np.split(out, [self._n_features_out], axis=1)
         p = p.reshape(n, n_heads, k)
         labels = p.argmax(2)
@@ -611,106 +601,11 @@ class SelfLabelClusterer(
             ),
         )
 
-    def _remember(
-        self, X: np.ndarray, seed: int, device: torch.device, recipe: Recipe
-    ) -> Callable[[Callable[[], Round]], Round]:
-        """Calls that return what ``memory`` has of the same first round, or run it."""
-        from sklearn_sela import __version__
-
-        if self.memory is None:
-            return lambda learn: learn()
-        if not isinstance(self.backbone, str) or not isinstance(self.augment, str | None):
-            warnings.warn(
-                "memory is not used: whether a backbone or an augment of your own is still the "
-                "same cannot be told, so the first round is learned each time.",
-                UserWarning,
-                stacklevel=5,
-            )
-            return lambda learn: learn()
-        later = ("n_clusters", "cluster_sizes", "random_state", "memory", "verbose", "device")
-        decides = {k: v for k, v in self.get_params(deep=False).items() if k not in later}
-        decides |= {"over_clusters": recipe.over_clusters, "image_shape": self.image_shape_}
-        where = (__version__, torch.__version__, str(device), torch.get_num_threads())
-        cached = check_memory(self.memory).cache(_first_round, ignore=["learn"])
-        return partial(cached, joblib.hash(X), seed, decides, where)
-
-    def _warn_of_duplicates(self, points: np.ndarray, n_clusters: int) -> None:
-        distinct = len(np.unique(points, axis=0))
-        if distinct < n_clusters:
-            warnings.warn(
-                f"X has, among the {len(points)} rows looked at, only {distinct} distinct rows, "
-                f"fewer than n_clusters={n_clusters}: some clusters will split identical "
-                "rows or stay empty. Lower n_clusters or look for constant data.",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-
-    def _warn_of_trouble(self, complete: bool, marginal_error: float) -> None:
-        if not complete:
-            warnings.warn(
-                f"Training was interrupted; the estimator is as it was after the last complete "
-                f"epoch, {self.n_iter_} of {self.max_epochs}.",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-        if marginal_error > 10 * LABEL_TOL:
-            warnings.warn(
-                f"The last label solve stopped at marginal error {marginal_error:.2g}: cluster "
-                f"sizes are off by as much. Raise reg={self.reg:g}.",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-        else:
-            self._warn_of_sizes()
-        table = self.n_clusters_scores_
-        if table is not None and table.score.max() < _NO_CLUSTERS:
-            warnings.warn(
-                f"No number of clusters stands out: the best score is {table.score.max():.2g}, of "
-                f"n_clusters={self.n_clusters_}. The data may have no clusters, or features that "
-                "hide them.",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-        found = len(np.unique(self.labels_))
-        if found == 1 < self.n_clusters_:
-            warnings.warn(
-                "All samples are predicted into one cluster: the network cannot tell them "
-                f"apart. Lower learning_rate={self.learning_rate:g}, raise max_epochs="
-                f"{self.max_epochs}, set cluster_sizes='balanced', or scale the features.",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-
-    def _warn_of_sizes(self) -> None:
-        asked = cluster_sizes(self)
-        if isinstance(asked, str):
-            if asked == "learned":
-                return
-            asked = np.full(self.n_clusters_, 1 / self.n_clusters_)
-        sizes = np.bincount(self.labels_, minlength=self.n_clusters_)
-        elsewhere = 0.5 * np.abs(sizes / sizes.sum() - asked).sum()
-        if elsewhere > _FAR:
-            warnings.warn(
-                f"{elsewhere:.0%} of the samples are predicted into other clusters than "
-                f"cluster_sizes={self.cluster_sizes!r} asks for: sizes are {sizes.min()} to "
-                f"{sizes.max()}. If the data are not like that, use cluster_sizes='learned'; else "
-                f"raise max_epochs={self.max_epochs}.",
-                ConvergenceWarning,
-                stacklevel=5,
-            )
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
-
-
-def _first_round(
-    X_hash: str, seed: int, decides: dict, where: tuple, learn: Callable[[], Round]
-) -> Round:
-    """``learn()``; the other arguments are what decides its outcome, for joblib to compare."""
-    return learn()
 
 
 def _progress(row: dict, max_epochs: int) -> str:

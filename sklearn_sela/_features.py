@@ -101,16 +101,11 @@ class LearnedFeatures:
     def _forward(self, indices: Tensor) -> Iterator[tuple[slice, np.ndarray]]:
         network, rows = self.network, self._geometry.rows
 
-        def function(x: Tensor) -> Tensor:
-            features = network.embed(x)
-            p = network.heads(features).unflatten(1, network.shape).softmax(2)
-            return torch.cat([features, p.flatten(1)], 1)
-
         def batch(part: slice) -> Tensor:
             return rows[indices[part]]
 
         n_values = self._geometry.n_values
-        for part, out in inference(network, function, batch, len(indices), n_values):
+        for part, out in inference(network, network.describe, batch, len(indices), n_values):
             yield part, out.cpu().numpy()
 
 

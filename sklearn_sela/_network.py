@@ -32,6 +32,12 @@ class SelfLabelNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.heads(self.embed(x)).unflatten(1, self.shape)
 
+    def describe(self, x: Tensor) -> Tensor:
+        """Features, and beside them every head's probabilities: (n, d + n_heads * n_clusters)."""
+        features = self.embed(x)
+        p = self.heads(features).unflatten(1, self.shape).softmax(2)
+        return torch.cat([features, p.flatten(1)], 1)
+
     def start_heads(self, centroids: Tensor, scale: float) -> None:
         """Point each output at a centroid; centroids (n_heads, n_clusters, n_features)."""
         directions = F.normalize(centroids, dim=2)

@@ -71,7 +71,10 @@ def head_agreement(labels: np.ndarray, best: int) -> float:
 
 @dataclass
 class Candidate:
-    """Heads of one number of clusters k, and what they say of the n scored rows."""
+    """Heads of one number of clusters k, and what they say of the n scored rows.
+
+    Rows and features are there for who studies other criteria (benchmarks/n_clusters.py).
+    """
 
     k: int
     rows: np.ndarray  # (n,) their indices

@@ -1,0 +1,86 @@
+"""What a fit warns of: each warning names what is wrong, and the remedy."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+
+from sklearn_sela._training import LABEL_TOL
+from sklearn_sela._validation import cluster_sizes
+
+_NO_CLUSTERS = 0.05  # best score, below which the number found means little
+_FAR = 0.1  # share of samples beyond the sizes asked for that is worth a warning
+
+
+def warn_of_duplicates(points: np.ndarray, n_clusters: int) -> None:
+    """Of points (m, d) that cannot make as many clusters."""
+    distinct = len(np.unique(points, axis=0))
+    if distinct < n_clusters:
+        warnings.warn(
+            f"X has, among the {len(points)} rows looked at, only {distinct} distinct rows, "
+            f"fewer than n_clusters={n_clusters}: some clusters will split identical "
+            "rows or stay empty. Lower n_clusters or look for constant data.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+
+
+def warn_of_trouble(estimator: Any, complete: bool, marginal_error: float) -> None:
+    """Of a fit that may not be what was asked for."""
+    if not complete:
+        warnings.warn(
+            f"Training was interrupted; the estimator is as it was after the last complete "
+            f"epoch, {estimator.n_iter_} of {estimator.max_epochs}.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    if marginal_error > 10 * LABEL_TOL:
+        warnings.warn(
+            f"The last label solve stopped at marginal error {marginal_error:.2g}: cluster "
+            f"sizes are off by as much. Raise reg={estimator.reg:g}.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    else:
+        _warn_of_sizes(estimator)
+    table = estimator.n_clusters_scores_
+    if table is not None and table.score.max() < _NO_CLUSTERS:
+        warnings.warn(
+            f"No number of clusters stands out: the best score is {table.score.max():.2g}, of "
+            f"n_clusters={estimator.n_clusters_}. The data may have no clusters, or features that "
+            "hide them.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    found = len(np.unique(estimator.labels_))
+    if found == 1 < estimator.n_clusters_:
+        warnings.warn(
+            "All samples are predicted into one cluster: the network cannot tell them "
+            f"apart. Lower learning_rate={estimator.learning_rate:g}, raise max_epochs="
+            f"{estimator.max_epochs}, set cluster_sizes='balanced', or scale the features.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_sizes(estimator: Any) -> None:
+    """Of predictions far from the sizes asked for."""
+    asked = cluster_sizes(estimator)
+    if isinstance(asked, str):
+        if asked == "learned":
+            return
+        asked = np.full(estimator.n_clusters_, 1 / estimator.n_clusters_)
+    sizes = np.bincount(estimator.labels_, minlength=estimator.n_clusters_)
+    elsewhere = 0.5 * np.abs(sizes / sizes.sum() - asked).sum()
+    if elsewhere > _FAR:
+        warnings.warn(
+            f"{elsewhere:.0%} of the samples are predicted into other clusters than "
+            f"cluster_sizes={estimator.cluster_sizes!r} asks for: sizes are {sizes.min()} to "
+            f"{sizes.max()}. If the data are not like that, use cluster_sizes='learned'; else "
+            f"raise max_epochs={estimator.max_epochs}.",
+            ConvergenceWarning,
+            stacklevel=5,
+        )
