@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.utils.validation import check_memory
 
 from sklearn_sela._backbones import BACKBONES
+from sklearn_sela._decoding import as_image
 from sklearn_sela._recipe import OVER_CLUSTER_ROWS
 
 MOST_CLUSTERS = 25  # that n_clusters="auto" considers
@@ -175,17 +176,6 @@ def check_no_times(X: Any) -> None:
                 f"X has dtype {dtype}, but features must be numbers: turn dates and durations "
                 "into some, such as seconds since the first, or the hour of the day."
             )
-
-
-def as_image(shape: Any) -> tuple[int, int, int]:
-    sizes = tuple(shape) if np.iterable(shape) else ()
-    whole = all(isinstance(size, Integral) and int(size) > 0 for size in sizes)
-    if len(sizes) not in (2, 3) or not whole:
-        raise ValueError(
-            f"image_shape={shape!r} must be (height, width) or (channels, height, width)."
-        )
-    c, h, w = (1, *sizes) if len(sizes) == 2 else sizes
-    return int(c), int(h), int(w)
 
 
 def _check_number(
