@@ -110,7 +110,7 @@ class Images:
             If images cannot be read and are not skipped; names them.
         """
         if self.from_files:
-            self._kept.open(len(self))
+            self._kept.open(self._rows)
         if self.from_files or self._skip:
             bad: dict[int, str] = {}
             size = max(1, _CHUNK // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
@@ -273,14 +273,19 @@ class _Kept:
     def __reduce__(self) -> tuple:
         return _Kept, (self._shape, self._n)
 
-    def open(self, n_rows: int) -> None:
-        """Make room for so many rows, unless that is too much or there is a file already."""
-        if self._file is not None or not hasattr(os, "pread"):
+    def open(self, rows: np.ndarray) -> None:
+        """Make room for rows; what is too much is not kept, nor is anything from then on."""
+        if not hasattr(os, "pread"):
             return
+        there = np.zeros(self._n, dtype=bool) if self._file is None else self._there
+        more = np.count_nonzero(~there[rows]) * self._bytes
+        kept = np.count_nonzero(there) * self._bytes
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(tempfile.gettempdir()).free
-            if n_rows * self._bytes <= min(_KEPT, free // 2):  # half: others need some, too
-                self._there = np.zeros(self._n, dtype=bool)
+            if kept + more > _KEPT or more > free // 2:  # half: others need some, too
+                self._file = None
+            elif self._file is None:
+                self._there = there
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
 
     def get(self, row: int, out: np.ndarray) -> bool:

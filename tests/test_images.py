@@ -433,6 +433,17 @@ def test_a_part_that_is_checked_is_kept(tmp_path):
     np.testing.assert_array_equal(images[:], expected)
 
 
+def test_a_part_that_fits_does_not_make_room_for_the_whole(tmp_path, monkeypatch):
+    paths = photos(tmp_path, 10)
+    images = open_images(paths)
+    monkeypatch.setattr(_images, "_KEPT", 5 * images[0].nbytes)
+    images.take([7, 3]).check()
+    images.take([7, 3]).check()
+    assert images._kept._file is not None
+    images.check()
+    assert images._kept._file is None
+
+
 def without_room(monkeypatch):
     monkeypatch.setattr(_images, "_KEPT", 0)
 
