@@ -24,7 +24,8 @@ setup(
     install_requires=[
         "scikit-learn>=1.9",  # the API we implement, its callbacks; k-means, PCA, neighbours
         "torch>=2.6",  # networks, automatic differentiation, devices
-        "torchvision>=0.21",  # image backbones and decoding
+        "torchvision>=0.21",  # image backbones
+        "pillow>=10.1",  # image files of all formats; torchvision's own dependency
         "numpy>=1.26",  # arrays in and out
         "scipy>=1.11",  # assignment for accuracy, the test for equal sizes
         "joblib>=1.3",  # parallel searches and persistence, as scikit-learn's users expect

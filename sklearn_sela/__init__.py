@@ -1,7 +1,8 @@
 """Deep clustering by self-labelling, with scikit-learn's API."""
 
 from sklearn_sela._clusterer import SelfLabelClusterer
+from sklearn_sela._images import image_paths
 from sklearn_sela._sinkhorn import SinkhornResult, sinkhorn_labels
 
-__all__ = ["SelfLabelClusterer", "SinkhornResult", "sinkhorn_labels"]
+__all__ = ["SelfLabelClusterer", "SinkhornResult", "image_paths", "sinkhorn_labels"]
 __version__ = "0.1.0.dev0"

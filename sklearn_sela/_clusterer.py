@@ -10,22 +10,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     ClusterMixin,
     TransformerMixin,
 )
-from sklearn.utils import check_array, check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from sklearn_sela._augment import ImageAugment, Jitter, Views
 from sklearn_sela._backbones import convnet, feature_width, mlp
-from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
-from sklearn_sela._device import one_thread, resolve_device, seeded
+from sklearn_sela._checkpoint import checkpoints_of
+from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows
+from sklearn_sela._device import one_thread, resolve_device, resolve_precision, seeded
 from sklearn_sela._heads import meaning, view_agreement, view_joint
+from sklearn_sela._images import Images
+from sklearn_sela._inputs import rows_of
 from sklearn_sela._memory import remember_by
 from sklearn_sela._network import inference, rows_at_once
 from sklearn_sela._recipe import OVER_CLUSTER_ROWS, Recipe, Rounds
@@ -39,16 +42,13 @@ from sklearn_sela._selection import (
 )
 from sklearn_sela._training import Schedule
 from sklearn_sela._validation import (
-    CHANNELS_FIRST,
     MOST_CLUSTERS,
-    as_image,
     candidates,
-    check_no_times,
     check_parameters,
     cluster_sizes,
-    image_shape_of,
+    starts,
 )
-from sklearn_sela._warnings import warn_of_duplicates, warn_of_trouble
+from sklearn_sela._warnings import warn_of_duplicates, warn_of_skipped, warn_of_trouble
 from sklearn_sela.metrics import information_score
 
 _SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
@@ -86,7 +86,12 @@ class SelfLabelClusterer(
         (height, width) or (channels, height, width) of images given as flat rows. None takes
         flat rows for vectors, unless ``backbone`` and ``augment`` are "auto" and the features
         are correlated like the pixels of square grey images, of 8 x 8 or more;
-        ``image_shape_`` tells.
+        ``image_shape_`` tells. Files are resized and cropped to it; None makes them colour
+        images, square, of at most 64 pixels.
+    on_bad_image : {"error", "skip"}, default="error"
+        What to do about files that are missing or cannot be decoded: an error that names them
+        before training starts, or do without. Skipped ones are listed in ``skipped_`` and get
+        the label -1, and NaN for probabilities and features.
     augment : "auto", None or callable, default="auto"
         Random change of a batch (a scaled float32 tensor, on the device) that should not
         change clusters. "auto" is jitter for vectors; for images rotation, scale, shear and
@@ -99,9 +104,11 @@ class SelfLabelClusterer(
         at most half the samples per cluster; 0 turns it off.
     neighbor_probability : float, default=0.7
         Chance that a view shows a neighbour.
-    init : {"kmeans", "random"}, default="kmeans"
-        Labels that training starts from: k-means in principal components, or the paper's
-        random balanced ones.
+    init : {"kmeans", "random"} or array-like of int, default="kmeans"
+        Labels that training starts from: k-means in principal components, the paper's random
+        balanced ones, or given ones, (n_samples,) or (n_heads, n_samples), with
+        ``over_clusters=None``. ``self_labels_`` of another fit and ``n_solves=0`` train a network
+        on its labels (the paper's label transfer).
     soft_targets : bool, default=True
         Train on the soft assignment of the transport; False is the paper's hard labels.
     n_views : int, default=0
@@ -112,7 +119,7 @@ class SelfLabelClusterer(
         running mean over views (temporal ensembling, [2]_). The paper's is 0.
     n_solves : int, default=None
         Label solves of each round, dense early on as in the paper. None solves before every
-        epoch but the first.
+        epoch but the first, 0 never.
     cluster_sizes : {"learned", "balanced"} or array-like of shape (n_clusters,), default="learned"
         Share of the samples each cluster gets. "learned" takes those of the clustering that
         the second round starts from, as a prior that pulls; where the data establish that
@@ -133,6 +140,12 @@ class SelfLabelClusterer(
         L2 penalty on the weights (the paper's CIFAR value).
     device : str or torch.device, default="auto"
         "cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one.
+    precision : {"auto", "float32", "bfloat16"}, default="auto"
+        Of the products in training; weights, labels and predictions stay float32. "auto" is
+        bfloat16 on GPUs that have it, float32 elsewhere.
+    compile : bool, default=False
+        Train a backbone that ``torch.compile`` has compiled. Worth its minute or so in long runs
+        on a GPU; needs a C++ compiler.
     random_state : int, RandomState instance or None, default=None
         Decides everything on a given machine and number of threads, except an ``augment``
         or ``backbone`` that draws from other generators than torch's global one (NumPy's,
@@ -142,13 +155,21 @@ class SelfLabelClusterer(
         ``n_clusters``, ``cluster_sizes`` or ``verbose`` share one, if ``random_state`` is an
         int: a search over them takes about half the time. Training data are not kept. Not with
         a ``backbone`` or ``augment`` of your own: code that changed could not be told.
+    checkpoint_dir : str or Path, default=None
+        Folder that keeps the run: after every epoch, all that training needs to go on, in place
+        of what was there. The same call resumes it, and ends as it would have without the
+        interruption (on the CPU; with no ``random_state``, it keeps the seed it began with). One
+        folder a run.
     verbose : int, default=0
         1 prints a line an epoch.
 
     Attributes
     ----------
     labels_ : ndarray of shape (n_samples,)
-        Cluster of each training sample; equal to ``predict`` of the training data.
+        Cluster of each training sample; equal to ``predict`` of the training data. -1 for files
+        that were skipped.
+    skipped_ : list of str
+        Files that could not be read, with ``on_bad_image="skip"``.
     n_clusters_ : int
         Number of clusters fitted.
     n_clusters_scores_ : pandas.DataFrame or None
@@ -210,10 +231,11 @@ class SelfLabelClusterer(
         over_clusters: int | str | None = "auto",
         backbone: Any = "auto",
         image_shape: tuple[int, ...] | None = None,
+        on_bad_image: str = "error",
         augment: Any = "auto",
         n_neighbors: int | str = "auto",
         neighbor_probability: float = 0.7,
-        init: str = "kmeans",
+        init: Any = "kmeans",
         soft_targets: bool = True,
         n_views: int = 0,
         label_momentum: float = 0.5,
@@ -226,8 +248,11 @@ class SelfLabelClusterer(
         lr_schedule: str = "one_cycle",
         weight_decay: float = 5e-4,
         device: Any = "auto",
+        precision: str = "auto",
+        compile: bool = False,
         random_state: Any = None,
         memory: Any = None,
+        checkpoint_dir: Any = None,
         verbose: int = 0,
     ):
         self.n_clusters = n_clusters
@@ -235,6 +260,7 @@ class SelfLabelClusterer(
         self.over_clusters = over_clusters
         self.backbone = backbone
         self.image_shape = image_shape
+        self.on_bad_image = on_bad_image
         self.augment = augment
         self.n_neighbors = n_neighbors
         self.neighbor_probability = neighbor_probability
@@ -251,18 +277,23 @@ class SelfLabelClusterer(
         self.lr_schedule = lr_schedule
         self.weight_decay = weight_decay
         self.device = device
+        self.precision = precision
+        self.compile = compile
         self.random_state = random_state
         self.memory = memory
+        self.checkpoint_dir = checkpoint_dir
         self.verbose = verbose
 
-    def fit(self, X: ArrayLike, y: Any = None) -> SelfLabelClusterer:
+    def fit(self, X: Any, y: Any = None) -> SelfLabelClusterer:
         """Learn features and clusters of X.
 
         Parameters
         ----------
-        X : array-like, DataFrame or tensor
+        X : array-like, DataFrame, tensor, paths, folder or torch Dataset
             (n_samples, n_features) vectors or flat images; (n_samples, height, width) or
-            (n_samples, channels, height, width) images. Integers or floats.
+            (n_samples, channels, height, width) images. Integers or floats. Or image files: a
+            sequence of paths, or a folder, which stands for ``image_paths(folder)``. Or a
+            map-style torch Dataset of images or vectors, or of tuples that begin with one.
         y : Ignored
 
         Returns
@@ -275,7 +306,9 @@ class SelfLabelClusterer(
         ValueError
             For X or a parameter out of range.
         TypeError
-            For X or a parameter of the wrong kind, such as a torch Dataset.
+            For X or a parameter of the wrong kind, such as a torch DataLoader.
+        OSError
+            For a ``checkpoint_dir`` that cannot be written.
         FloatingPointError
             When the loss is not finite. Whatever is raised, an estimator that was fitted
             before stays as it was.
@@ -290,11 +323,20 @@ class SelfLabelClusterer(
             self.__dict__.update(before)
             raise
 
-    def _fit(self, X: ArrayLike, device: torch.device) -> SelfLabelClusterer:
-        X = self._validate_rows(X, reset=True)
+    def _fit(self, X: Any, device: torch.device) -> SelfLabelClusterer:
+        X = rows_of(self, X, reset=True)
+        n_given, good = len(X), np.arange(len(X))
+        skipped: list[str] = []
+        if isinstance(X, Images):
+            good = np.array(X.check(), dtype=int)
+            skipped = [X.name(i) for i in sorted(X.bad)]
+            warn_of_skipped(skipped, n_given)
+            X = X.take(good)
         n, n_values = len(X), math.prod(X.shape[1:])
-        recipe = self._recipe(n)
+        recipe = self._recipe(n_given, good, device)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        checkpoints = checkpoints_of(self, X, seed, device)
+        seed = checkpoints.seed if checkpoints else seed
         rng = np.random.default_rng(seed)
         vectors = self.image_shape_ is None
         scaler = Scaler(X if vectors else X[draw_rows(n, n_values, n, rng)], self.image_shape_)
@@ -318,20 +360,36 @@ class SelfLabelClusterer(
         self._small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
         with seeded(seed, device) as generator, one_thread(self._small):
             backbone = self._make_backbone(n_values).to(device).float()
+            if not vectors:
+                backbone.to(memory_format=torch.channels_last)
+            if self.compile:
+                backbone.compile()
             n_features = feature_width(backbone, rows[slice(0, 2)])
             asked = isinstance(self.augment, str) and not vectors
             self._mirrors = asked and geometry.mirrors(rng)
             views = self._make_views(rows, geometry, generator)
             remember = remember_by(self, X, seed, device, recipe)
             fitted = Rounds(
-                backbone, n_features, geometry, views, recipe, generator, seed, record, remember
+                backbone,
+                n_features,
+                geometry,
+                views,
+                recipe,
+                generator,
+                seed,
+                record,
+                remember,
+                checkpoints,
             ).fit()
+            fitted.network.backbone._compiled_call_impl = (
+                None  # predictions, and pickles, do without
+            )
         if not history:
             raise KeyboardInterrupt
         self._scaler = scaler
+        self.skipped_ = skipped
         self.network_ = fitted.network.eval()
         self.best_head_ = fitted.best_head
-        self.self_labels_ = fitted.self_labels
         self.n_clusters_ = self.network_.shape[1]
         self.n_clusters_scores_ = fitted.comparison
         self.history_ = pd.DataFrame(history)
@@ -339,12 +397,16 @@ class SelfLabelClusterer(
         self.loss_ = float(history[-1]["loss"])
         self._n_features_out = n_features
         labels = self._head_labels(X)
-        self.labels_ = labels[:, self.best_head_]
-        self._meanings = [meaning(row, self.labels_, self.n_clusters_) for row in labels.T]
+        own = labels[:, self.best_head_]
+        self._meanings = [meaning(row, own, self.n_clusters_) for row in labels.T]
+        self.labels_ = np.full(n_given, -1)
+        self.labels_[good] = own
+        self.self_labels_ = np.full((recipe.n_heads, n_given), -1)
+        self.self_labels_[:, good] = fitted.self_labels
         warn_of_trouble(self, fitted.complete, fitted.marginal_error)
         return self
 
-    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
+    def predict(self, X: Any) -> NDArray[np.int64]:
         """Cluster of each sample.
 
         Returns
@@ -352,20 +414,21 @@ class SelfLabelClusterer(
         ndarray of shape (n_samples,), int64
             Independent of the company and order of the samples, like all below.
         """
-        return self.predict_proba(X).argmax(1)
+        p = self.predict_proba(X)
+        return np.where(np.isnan(p[:, 0]), -1, p.argmax(1))
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
+    def predict_proba(self, X: Any) -> NDArray[np.float32]:
         """Probability of each cluster, ndarray of shape (n_samples, n_clusters), float32."""
         check_is_fitted(self)
-        return self._predict_proba(self._validate_rows(X, reset=False))
+        return self._predict_proba(rows_of(self, X, reset=False))
 
-    def transform(self, X: ArrayLike) -> NDArray[np.float32]:
+    def transform(self, X: Any) -> NDArray[np.float32]:
         """Learned features: the backbone's output, (n_samples, n_features_out), float32."""
         check_is_fitted(self)
-        X = self._validate_rows(X, reset=False)
+        X = rows_of(self, X, reset=False)
         return self._infer(X, self.network_.embed, self._n_features_out)
 
-    def confidence(self, X: ArrayLike) -> NDArray[np.float32]:
+    def confidence(self, X: Any) -> NDArray[np.float32]:
         """How far to trust the label of each sample, ndarray (n_samples,), float32, 0 to 1.
 
         The mean over heads of the probability that each gives to the label. What a cluster of
@@ -374,7 +437,7 @@ class SelfLabelClusterer(
         different clusterings draw the line differently; not, as a rule, far from all data.
         """
         check_is_fitted(self)
-        X = self._validate_rows(X, reset=False)
+        X = rows_of(self, X, reset=False)
         device = next(self.network_.parameters()).device
         meanings = [
             torch.sparse_coo_tensor(
@@ -394,7 +457,7 @@ class SelfLabelClusterer(
 
         return self._infer(X, confidence, 1)[:, 0].clip(0, 1)
 
-    def score(self, X: ArrayLike, y: Any = None) -> float:
+    def score(self, X: Any, y: Any = None) -> float:
         """How good the clusters of X are, without classes; higher is better, at most 1.
 
         Silhouette x view agreement squared x head agreement: see :meth:`criteria`. Comparable
@@ -405,7 +468,7 @@ class SelfLabelClusterer(
         names = ("silhouette", "view_agreement", "head_agreement")
         return float(combined_score(*(found[name] for name in names)))
 
-    def criteria(self, X: ArrayLike) -> dict[str, float]:
+    def criteria(self, X: Any) -> dict[str, float]:
         """What tells a good clustering of X without classes; higher is better, at most 1.
 
         Of more than 5,000 samples, 5,000 are looked at, the same each time.
@@ -423,10 +486,13 @@ class SelfLabelClusterer(
             information : :func:`sklearn_sela.metrics.information_score`.
         """
         check_is_fitted(self)
-        X = self._validate_rows(X, reset=False)
+        X = rows_of(self, X, reset=False)
         rng = np.random.default_rng(0)  # of the score, which draws the same each time
         if len(X) > SAMPLED_ROWS:
-            X = X[np.sort(rng.permutation(len(X))[:SAMPLED_ROWS])]
+            sample = np.sort(rng.permutation(len(X))[:SAMPLED_ROWS])
+            X = X.take(sample) if isinstance(X, Images) else X[sample]
+        if isinstance(X, Images):
+            X = X.take(X.check())
         n, (n_heads, k) = len(X), self.network_.shape
 
         out = self._infer(X, self.network_.describe, self._n_features_out + n_heads * k)
@@ -442,7 +508,7 @@ class SelfLabelClusterer(
             "information": information_score(p[:, self.best_head_]),
         }
 
-    def _view_agreement(self, X: np.ndarray, rng: np.random.Generator) -> float:
+    def _view_agreement(self, X: np.ndarray | Images, rng: np.random.Generator) -> float:
         if len(X) < 2:  # no neighbour to be seen as
             return 0.0
         device = next(self.network_.parameters()).device
@@ -456,23 +522,23 @@ class SelfLabelClusterer(
                 raise ValueError("X holds values too large, far outside those of fit.") from error
         return float(view_agreement(joint)[self.best_head_])
 
-    def _predict_proba(self, X: np.ndarray) -> NDArray[np.float32]:
+    def _predict_proba(self, X: np.ndarray | Images) -> NDArray[np.float32]:
         def probabilities(x: Tensor) -> Tensor:
             return self.network_(x)[:, self.best_head_].softmax(1)
 
         return self._infer(X, probabilities, self.n_clusters_)
 
-    def _head_labels(self, X: np.ndarray) -> NDArray[np.int64]:
+    def _head_labels(self, X: np.ndarray | Images) -> NDArray[np.int64]:
         """(n_samples, n_heads) cluster of each sample by each head."""
 
         def labels(x: Tensor) -> Tensor:
             return self.network_(x).softmax(2).argmax(2)
 
-        return self._infer(X, labels, len(self.self_labels_), np.int64)
+        return self._infer(X, labels, self.network_.shape[0], np.int64)
 
     def _infer(
         self,
-        X: np.ndarray,
+        X: np.ndarray | Images,
         function: Callable[[Tensor], Tensor],
         width: int,
         dtype: Any = np.float32,
@@ -485,57 +551,10 @@ class SelfLabelClusterer(
 
         for rows, values in inference(self.network_, function, batch, len(X), self.n_features_in_):
             out[rows] = values.cpu().numpy()
+        if isinstance(X, Images) and X.bad:
+            out[list(X.bad)] = np.nan
+            warn_of_skipped([X.name(i) for i in sorted(X.bad)], len(X))
         return out
-
-    def _validate_rows(self, X: Any, reset: bool) -> np.ndarray:
-        """X as an array of rows, uncopied where it is one; sets what fit learns of its shape."""
-        if isinstance(X, torch.utils.data.Dataset | torch.utils.data.DataLoader):
-            raise TypeError(
-                f"X is a torch {type(X).__name__}; pass its samples as an array or a tensor, "
-                "(n_samples, n_features) or (n_samples, channels, height, width)."
-            )
-        if isinstance(X, Tensor):
-            X = X.detach().cpu()
-            X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
-        elif isinstance(X, list | tuple):
-            X = np.asarray(X)
-        check_no_times(X)
-        if getattr(X, "ndim", 2) <= 2:
-            X = validate_data(self, X, reset=reset, dtype="numeric")
-        else:
-            X = check_array(X, allow_nd=True, dtype="numeric", estimator=self, input_name="X")
-            if X.ndim > 4:
-                raise ValueError(
-                    f"X has {X.ndim} dimensions, {X.shape}; expected (n_samples, n_features), "
-                    "(n_samples, height, width) or (n_samples, channels, height, width)."
-                )
-        if reset:
-            self.n_features_in_ = math.prod(X.shape[1:])
-            if X.ndim > 2:  # images have none; an earlier fit may have had
-                self.__dict__.pop("feature_names_in_", None)
-            self.image_shape_ = image_shape_of(X, self.image_shape)
-            if X.ndim == 2 and self.image_shape is None and self._reads_data():
-                self.image_shape_ = square_images(X)
-        elif X.ndim > 2 and (
-            self.image_shape_ is None or as_image(X.shape[1:]) != self.image_shape_
-        ):
-            fitted = (
-                "vectors" if self.image_shape_ is None else f"images of shape {self.image_shape_}"
-            )
-            channels_last = self.image_shape_ is not None and X.shape[1:] == (
-                *self.image_shape_[1:],
-                self.image_shape_[0],
-            )
-            raise ValueError(
-                f"X holds images of shape {as_image(X.shape[1:])}, but {type(self).__name__} was "
-                f"fitted on {fitted} ({self.n_features_in_} features)."
-                f"{channels_last * f' {CHANNELS_FIRST}'}"
-            )
-        return X
-
-    def _reads_data(self) -> bool:
-        """Whether nothing was said of the kind of data: strings, as modules may compare oddly."""
-        return all(isinstance(p, str) and p == "auto" for p in (self.backbone, self.augment))
 
     def _make_backbone(self, n_values: int) -> nn.Module:
         kind = self.backbone
@@ -570,9 +589,10 @@ class SelfLabelClusterer(
         neighbors = None
         if k:
             neighbors = torch.from_numpy(geometry.neighbors(int(k))).to(generator.device)
-        return Views(rows.__getitem__, augment, neighbors, probability, generator)
+        return Views(rows, augment, neighbors, probability, generator)
 
-    def _recipe(self, n: int) -> Recipe:
+    def _recipe(self, n_given: int, good: np.ndarray, device: torch.device) -> Recipe:
+        n = len(good)
         numbers = candidates(self, n)
         over = self.over_clusters
         if over == "auto":
@@ -582,7 +602,7 @@ class SelfLabelClusterer(
             candidates=numbers,
             n_heads=self.n_heads,
             over_clusters=int(over or 0),
-            init=self.init,
+            init=self.init if isinstance(self.init, str) else starts(self, n_given)[:, good],
             cluster_sizes=cluster_sizes(self),
             few_neighbors=self.n_neighbors == "auto",
             reg=self.reg,
@@ -598,6 +618,7 @@ class SelfLabelClusterer(
                 lr_schedule=self.lr_schedule,
                 n_views=self.n_views,
                 n_solves=self.n_solves,
+                precision=resolve_precision(self.precision, device),
             ),
         )
 

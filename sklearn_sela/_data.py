@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
+
+from sklearn_sela._images import Images, read_ahead
 
 REFERENCE_ROWS = 20_000  # rows that stand for all in neighbours and k-means
 _SAMPLE = 1 << 22  # values of X looked at for scaling and principal components: 32 MB
@@ -33,7 +36,7 @@ class Scaler:
     of vectors all rows are looked at, for a feature may vary in few of them.
     """
 
-    def __init__(self, X: np.ndarray, image_shape: tuple[int, int, int] | None):
+    def __init__(self, X: Any, image_shape: tuple[int, int, int] | None):
         with np.errstate(over="ignore", invalid="ignore"):
             if image_shape is None:
                 self.shift, self.scale, largest = column_moments(X)
@@ -59,6 +62,10 @@ class Scaler:
             For values so large that they are not finite once scaled.
         """
         shape = (len(rows), *(self.image_shape or rows.shape[1:]))
+        if rows.dtype == np.uint8 and self.image_shape is not None:
+            x = torch.from_numpy(rows.reshape(shape)).to(device).float()
+            x = x.contiguous(memory_format=torch.channels_last)
+            return x.sub_(self._of(self.shift, x)).div_(self._of(self.scale, x))
         # In float64: a large offset (a time stamp) must not swallow what varies beside it.
         out = np.empty(shape, dtype=np.float32)
         step = max(1, _SCALED * len(rows) // max(out.size, 1))
@@ -71,11 +78,15 @@ class Scaler:
             raise ValueError(_TOO_LARGE)
         return x if self.image_shape is None else x.contiguous(memory_format=torch.channels_last)
 
+    @staticmethod
+    def _of(numbers: np.ndarray, x: Tensor) -> Tensor:
+        return torch.as_tensor(numbers, dtype=x.dtype, device=x.device)
+
 
 class Rows:
     """All training rows, by index: ``rows[indices]`` is a scaled batch on the device."""
 
-    def __init__(self, X: np.ndarray, scaler: Scaler, device: torch.device):
+    def __init__(self, X: np.ndarray | Images, scaler: Scaler, device: torch.device):
         self.X, self.scaler, self.device = X, scaler, device
 
     def __len__(self) -> int:
@@ -85,6 +96,12 @@ class Rows:
         if isinstance(indices, Tensor):
             indices = indices.cpu().numpy()  # type: ignore[assignment]
         return self.scaler(self.X[indices], self.device)
+
+    def read(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """A batch for each part; of files, the next is read ahead."""
+        if isinstance(self.X, Images) and self.X.from_files:
+            return read_ahead(self.__getitem__, parts)
+        return map(self.__getitem__, parts)
 
 
 def column_moments(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

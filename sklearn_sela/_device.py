@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 _SEEDED = threading.RLock()  # torch's global generator is one per process
 
@@ -27,6 +28,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
             f"{torch.cuda.device_count() or 'no'} CUDA device(s) here; use device='auto' or 'cpu'."
         )
     return resolved
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a name; ``"auto"`` takes bfloat16 on GPUs that have it."""
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 @contextlib.contextmanager
@@ -51,6 +60,27 @@ def reseed(generator: torch.Generator, seed: int) -> None:
     if generator.device.type == "cuda":
         with torch.cuda.device(generator.device):
             torch.cuda.manual_seed(seed)
+
+
+def random_state(generator: torch.Generator) -> list[Tensor]:
+    """Where our generator is, and torch's global ones for its device."""
+    state = [generator.get_state(), torch.get_rng_state()]
+    if generator.device.type == "cuda":
+        state.append(torch.cuda.get_rng_state(generator.device))
+    return state
+
+
+def set_random_state(generator: torch.Generator, state: list[Tensor]) -> None:
+    """Bring them back to where they were."""
+    generator.set_state(state[0])
+    torch.set_rng_state(state[1])
+    if generator.device.type == "cuda":
+        torch.cuda.set_rng_state(state[2], generator.device)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Within, products in this precision, where torch deems it safe; float32 is no change."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 @contextlib.contextmanager

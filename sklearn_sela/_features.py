@@ -20,11 +20,13 @@ Embedding = Callable[[np.ndarray], np.ndarray]
 
 
 def starting_labels(
-    geometry: Geometry, n_clusters: int, n_heads: int, init: str, seed: int
+    geometry: Geometry, n_clusters: int, n_heads: int, init: str | np.ndarray, seed: int
 ) -> np.ndarray:
-    """(n_heads, n) labels to start from: k-means on principal components, or random (paper)."""
+    """(n_heads, n) labels to start from: k-means on principal components, random, or given."""
     n = len(geometry.rows)
-    if init == "random":
+    if isinstance(init, np.ndarray):
+        return init
+    if init == "random":  # and balanced, as in the paper
         balanced = np.arange(n) % n_clusters
         return np.stack(
             [np.random.default_rng([seed, t]).permutation(balanced) for t in range(n_heads)]

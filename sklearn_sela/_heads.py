@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from scipy import sparse
 from scipy.stats import ncx2
 from torch import Tensor
 
+from sklearn_sela._augment import ViewStream
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._training import Schedule, label_pass
 
@@ -67,12 +67,14 @@ def sizes_are_equal(counts: np.ndarray) -> bool:
     return bool(ncx2.cdf(statistic, k - 1, n * _EQUAL**2) < _SURE)
 
 
-def view_joint(
-    network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int, schedule: Schedule
-) -> Tensor:
+def view_joint(network: SelfLabelNetwork, views: ViewStream, n: int, schedule: Schedule) -> Tensor:
     """(n_heads, k, k) joint distribution of the labels of two views of a row."""
     once = replace(schedule, n_views=1)
-    one, two = (label_pass(network, views, n, once) for _ in range(2))
+
+    def log_p(x: Tensor) -> Tensor:
+        return network(x).log_softmax(2)
+
+    one, two = (label_pass(network, log_p, views, n, once) for _ in range(2))
     batches = [
         a.exp().double().permute(1, 2, 0) @ b.exp().double().transpose(0, 1)
         for (_, a), (_, b) in zip(one, two, strict=True)

@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_memory
 
+from sklearn_sela._images import Images
 from sklearn_sela._recipe import Recipe, Round
 
 # Parameters that do not change the first round; the seed and the device are looked at as such.
-_LATER = ("n_clusters", "cluster_sizes", "random_state", "memory", "verbose", "device")
+_LATER = (
+    "n_clusters", "cluster_sizes", "random_state", "memory", "checkpoint_dir", "verbose", "device"
+)  # fmt: skip
 
 
 def remember_by(
-    estimator: Any, X: np.ndarray, seed: int, device: torch.device, recipe: Recipe
+    estimator: Any, X: np.ndarray | Images, seed: int, device: torch.device, recipe: Recipe
 ) -> Callable[[Callable[[], Round]], Round]:
     """``remember(learn)``: what the estimator's ``memory`` has of this first round, or learn()."""
     from sklearn_sela import __version__
@@ -30,6 +33,14 @@ def remember_by(
         warnings.warn(
             "memory is not used: whether a backbone or an augment of your own is still the "
             "same cannot be told, so the first round is learned each time.",
+            UserWarning,
+            stacklevel=4,
+        )
+        return lambda learn: learn()
+    if isinstance(X, Images):
+        warnings.warn(
+            "memory is not used: whether files or a Dataset still hold the same cannot be told, so "
+            "the first round is learned each time.",
             UserWarning,
             stacklevel=4,
         )

@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from sklearn_sela._augment import Views
+from sklearn_sela._checkpoint import Checkpoints
 from sklearn_sela._data import Geometry
 from sklearn_sela._device import reseed
 from sklearn_sela._features import LearnedFeatures, starting_labels
 from sklearn_sela._heads import choose_head, start_at_centroids, target_sizes, view_joint
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._selection import compare_n_clusters, train_candidates
-from sklearn_sela._training import Schedule, SelfLabels, self_label
+from sklearn_sela._training import FeatureLabels, Schedule, SelfLabels, self_label
 
 T = TypeVar("T")
 OVER_CLUSTER_ROWS = 8  # fewest rows per cluster of the first round
@@ -38,7 +39,7 @@ class Recipe:
     candidates: list[int]  # numbers of clusters, rising, of which the best is fitted
     n_heads: int
     over_clusters: int
-    init: str
+    init: str | np.ndarray
     cluster_sizes: str | np.ndarray
     few_neighbors: bool  # in the second round, at most half as many as a cluster has rows
     reg: float
@@ -81,7 +82,7 @@ class Rounds:
 
     ``record`` gets a dict an epoch, with the round under ``stage``, and one for each number of
     clusters compared. ``remember(learn)`` returns ``learn()``, or what it returned to an
-    earlier fit with the same first round.
+    earlier fit with the same first round. ``checkpoints`` resume rounds that were cut short.
     """
 
     backbone: nn.Module
@@ -93,6 +94,7 @@ class Rounds:
     seed: int
     record: Callable[[dict], None]
     remember: Callable[[Callable[[], Round]], Round]
+    checkpoints: Checkpoints | None
 
     def fit(self) -> Fitted:
         recipe, n, k = self.recipe, len(self.geometry.rows), self.recipe.candidates[0]
@@ -118,7 +120,8 @@ class Rounds:
         else:
             labels = starting_labels(self.geometry, k, recipe.n_heads, recipe.init, self.seed)
         labels, weights, pull = target_sizes(labels, k, recipe.cluster_sizes)
-        network, state = self._network(k), self._labels(labels, weights, pull)
+        network = self._network(k)
+        state = self._labels(labels, weights, pull, recipe.schedule.n_views)
         if features is not None:
             start_at_centroids(network, features, labels[:, self.geometry.reference])
         near = self.views.nearest(max(1, n // (2 * k))) if recipe.few_neighbors else self.views
@@ -148,7 +151,8 @@ class Rounds:
         def learn() -> Round:
             n_heads = self.recipe.n_heads
             labels = starting_labels(self.geometry, many, n_heads, self.recipe.init, self.seed)
-            state = self._labels(labels, np.full((n_heads, many), 1 / many), np.inf)
+            weights = np.full((n_heads, many), 1 / many)
+            state = self._labels(labels, weights, np.inf, self.recipe.schedule.n_views)
             if not self._train("features", network, self.views, state, epochs, note):
                 raise FitInterruptedError
             return {name: w.cpu().numpy() for name, w in network.state_dict().items()}, live
@@ -181,10 +185,16 @@ class Rounds:
         network = SelfLabelNetwork(self.backbone, self.n_features, n_heads, n_clusters)
         return network.to(self.generator.device)
 
-    def _labels(self, labels: np.ndarray, weights: np.ndarray, pull: float) -> SelfLabels:
+    def _labels(
+        self, labels: np.ndarray, weights: np.ndarray, pull: float, n_views: int
+    ) -> SelfLabels:
         r, device = self.recipe, self.generator.device
         first, shares = (torch.as_tensor(a, device=device) for a in (labels, weights))
-        return SelfLabels(first, shares, r.reg, pull, r.soft_targets, r.label_momentum)
+        fixed = first, shares, r.reg, pull, r.soft_targets
+        apart = n_views > 0 and r.label_momentum == 0  # passes that start afresh
+        if apart and self.n_features < weights.size:
+            return FeatureLabels(*fixed, self.n_features)
+        return SelfLabels(*fixed, r.label_momentum)
 
     def _train(
         self,
@@ -197,7 +207,9 @@ class Rounds:
     ) -> bool:
         schedule = replace(self.recipe.schedule, epochs=epochs)
 
+        checkpoint = self.checkpoints.of(stage) if self.checkpoints else None
+
         def staged(row: dict) -> None:
             record({"stage": stage, **row})
 
-        return self_label(network, views, labels, schedule, self.generator, staged)
+        return self_label(network, views, labels, schedule, self.generator, staged, checkpoint)

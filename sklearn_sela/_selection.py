@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from sklearn.metrics import adjusted_mutual_info_score, euclidean_distances, silhouette_samples
 from sklearn.preprocessing import normalize
-from torch import Tensor, nn
+from torch import nn
 
-from sklearn_sela._augment import FrozenViews
+from sklearn_sela._augment import FrozenViews, ViewStream
 from sklearn_sela._features import LearnedFeatures
 from sklearn_sela._heads import choose_head, cohen_kappa, start_at_centroids, target_sizes
 from sklearn_sela._network import SelfLabelNetwork
@@ -107,16 +107,16 @@ class Candidate:
 
 def train_candidates(
     learned: LearnedFeatures,
-    views: Callable[[Tensor], Tensor],
+    views: ViewStream,
     numbers: list[int],
-    label: Callable[[np.ndarray, np.ndarray, float], SelfLabels],
+    label: Callable[[np.ndarray, np.ndarray, float, int], SelfLabels],
     schedule: Schedule,
     generator: torch.Generator,
     seed: int,
 ) -> Iterator[Candidate]:
     """Heads for each number of clusters, trained on the learned features, held fixed.
 
-    ``label(labels, weights, pull)`` makes the labels that the heads learn.
+    ``label(labels, weights, pull, n_views)`` makes the labels that the heads learn.
     """
     n_heads, device = learned.network.shape[0], generator.device
     rng = np.random.default_rng(seed)
@@ -138,7 +138,7 @@ def train_candidates(
         labels, weights, pull = target_sizes(labels, k, "learned")
         heads = SelfLabelNetwork(nn.Identity(), features.shape[1], n_heads, k).to(device)
         start_at_centroids(heads, features, labels)
-        state = label(labels, weights, pull)
+        state = label(labels, weights, pull, 0)
         if not self_label(heads, frozen, state, schedule, generator, _ignore):
             raise KeyboardInterrupt
         with torch.no_grad():

@@ -11,11 +11,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sklearn_sela._augment import ViewStream
+from sklearn_sela._checkpoint import Checkpoint
+from sklearn_sela._device import autocast, random_state, set_random_state
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._sinkhorn import SinkhornResult, sinkhorn_labels
 
@@ -39,6 +45,7 @@ class Schedule:
     lr_schedule: str
     n_views: int
     n_solves: int | None
+    precision: torch.dtype = torch.float32
 
     def solve_epochs(self) -> set[int]:
         """Epochs that begin with a label solve: all, or n_solves of them, dense early on.
@@ -95,6 +102,10 @@ class SelfLabels:
     .. [1] Laine, Aila. Temporal ensembling for semi-supervised learning. ICLR 2017.
     """
 
+    _CHANGES: tuple[str, ...] = (
+        "labels", "scores", "n_solves", "potential", "n_iter", "marginal_error", "changed"
+    )  # fmt: skip
+
     def __init__(
         self,
         labels: Tensor,
@@ -108,101 +119,178 @@ class SelfLabels:
         self.reg, self.reg_m, self.soft, self.momentum = reg, reg_m, soft, momentum
         self.scores = torch.zeros(*labels.shape, weights.shape[1], device=labels.device)
         self.n_solves = 0
-        self.potential: list[Tensor | None] = [None] * len(labels)
+        self.potential: Tensor | None = None
         self.n_iter, self.marginal_error, self.changed = 0, 0.0, 0.0
 
-    def see(self, rows: Tensor, log_p: Tensor) -> None:
-        """Take log p(y | x_i) of the rows, (n_rows, n_heads, n_clusters), into the scores.
+    def look(self, network: SelfLabelNetwork, x: Tensor) -> Tensor:
+        """log p(y | x_i) of a batch, (n_rows, n_heads, n_clusters): what ``see`` takes."""
+        return network(x).log_softmax(2)
 
-        To be called once for each row before a solve.
-        """
+    def see(self, rows: Tensor, log_p: Tensor) -> None:
+        """Take log p(y | x_i) of the rows into the scores, once for each row before a solve."""
         # Counting from the first solve, which has nothing to keep: no start from zero shows.
         keep = min(self.momentum, self.n_solves / (self.n_solves + 1))
         new = log_p.transpose(0, 1)
         self.scores[:, rows] = new if keep == 0 else self.scores[:, rows].lerp(new, 1 - keep)
 
-    def solve(self) -> None:
-        """Label all rows afresh from the scores."""
-        heads = zip(self.scores, self.weights, self.potential, strict=True)
-        results = [self._solve_head(*head, self.reg_m) for head in heads]
+    def solve(self, network: SelfLabelNetwork) -> None:
+        """Label all rows afresh from what was seen of them."""
+        results = [self._solve_head(t, self.reg_m) for t in range(len(self.labels))]
         labels = torch.stack([r.labels for r in results])
         self.changed = float((labels != self.labels).double().mean())
         self.labels = labels
         self.n_solves += 1
-        self.potential = [r.potential for r in results]
+        self.potential = torch.stack([r.potential for r in results])
         self.n_iter = sum(r.n_iter for r in results)
         self.marginal_error = max(r.marginal_error for r in results)
 
-    def _solve_head(
-        self, scores: Tensor, weights: Tensor, potential: Tensor | None, reg_m: float
-    ) -> SinkhornResult:
+    def state_dict(self) -> dict:
+        """What solves change, for :meth:`load_state_dict`."""
+        return {name: getattr(self, name) for name in self._CHANGES}
+
+    def load_state_dict(self, state: dict) -> None:
+        device = self.labels.device
+        for name in self._CHANGES:
+            value = state[name]
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+
+    def _solve_head(self, t: int, reg_m: float) -> SinkhornResult:
+        scores, head = self._source(t)
         result = sinkhorn_labels(
             scores,
+            head=head,
             reg=self.reg,
-            cluster_weights=weights,
+            cluster_weights=self.weights[t],
             reg_m=reg_m,
             tol=LABEL_TOL,
             max_iter=_LABEL_ITER,
-            potential=potential,
+            potential=None if self.potential is None else self.potential[t],
             warn=False,
         )
-        shares = result.labels.bincount(minlength=len(weights)) / len(scores)
-        if reg_m < math.inf and (shares < _LEAST * weights).any():
+        shares = result.labels.bincount(minlength=self.weights.shape[1]) / len(result.labels)
+        if reg_m < math.inf and (shares < _LEAST * self.weights[t]).any():
             # A pull can lose to a confident network; exact sizes cannot, and end a collapse.
-            return self._solve_head(scores, weights, potential, math.inf)
+            return self._solve_head(t, math.inf)
         return result
+
+    def _source(self, t: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Scores of a head, or features and the head, as the solver takes them."""
+        return self.scores[t], None
+
+    def _scores_of(self, rows: Tensor) -> Tensor:
+        return self.scores[:, rows]
 
     def targets(self, rows: Tensor) -> Tensor:
         """q(y | x_i) of the rows, (n_rows, n_heads, n_clusters)."""
         if not (self.n_solves and self.soft):
             return F.one_hot(self.labels[:, rows].T, self.weights.shape[1]).float()
-        shift = torch.stack([p.float() for p in self.potential])  # type: ignore[union-attr]
-        return ((self.scores[:, rows] + shift[:, None]) / self.reg).softmax(2).transpose(0, 1)
+        shift = self.potential.float()  # type: ignore[union-attr]
+        scores = self._scores_of(rows)
+        return ((scores + shift[:, None]) / self.reg).softmax(2).transpose(0, 1)
+
+
+class FeatureLabels(SelfLabels):
+    """The same, kept as the features that the network had of the rows, and its heads then.
+
+    ``n_features`` numbers a row instead of n_heads x n_clusters, of which the paper's ImageNet
+    fits have 30,000. Scores are formed a batch, or a tile of the solver's, at a time; that they
+    are not normalised makes no difference to a solution, whose rows are. There is no running
+    mean of what heads said that have changed since: momentum is 0.
+    """
+
+    _CHANGES: tuple[str, ...] = (
+        *SelfLabels._CHANGES[:1],
+        "features",
+        "head",
+        *SelfLabels._CHANGES[2:],
+    )
+
+    def __init__(
+        self,
+        labels: Tensor,
+        weights: Tensor,
+        reg: float,
+        reg_m: float,
+        soft: bool,
+        n_features: int,
+    ):
+        super().__init__(labels, weights[:, :0], reg, reg_m, soft, 0.0)
+        self.weights = weights
+        self.features = torch.zeros(labels.shape[1], n_features, device=labels.device)
+        self.head: list[Tensor] = []
+
+    def look(self, network: SelfLabelNetwork, x: Tensor) -> Tensor:
+        """Features of a batch, (n_rows, n_features)."""
+        return network.embed(x)
+
+    def see(self, rows: Tensor, features: Tensor) -> None:
+        self.features[rows] = features
+
+    def solve(self, network: SelfLabelNetwork) -> None:
+        w, b = network.heads.weight.detach(), network.heads.bias.detach()
+        self.head = [p.clone().unflatten(0, network.shape) for p in (w, b)]
+        super().solve(network)
+
+    def _source(self, t: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self.features, (self.head[0][t], self.head[1][t])
+
+    def _scores_of(self, rows: Tensor) -> Tensor:
+        w, b = self.head
+        return torch.einsum("nd,tkd->tnk", self.features[rows], w) + b[:, None]
 
 
 def self_label(
     network: SelfLabelNetwork,
-    views: Callable[[Tensor], Tensor],
+    views: ViewStream,
     labels: SelfLabels,
     schedule: Schedule,
     generator: torch.Generator,
     record: Callable[[dict], None],
+    checkpoint: Checkpoint | None = None,
 ) -> bool:
     """Alternate label solves and epochs of learning; False when interrupted by Ctrl-C.
 
-    ``views(rows)`` draws a random view of each row. ``record`` gets one dict an epoch. After
-    an interruption the network is as it was after the last complete epoch.
+    ``views(parts)`` draws a random view of each row, part by part. ``record`` gets one
+    dict an epoch. After an interruption the network is as it was after the last complete
+    epoch. What a checkpoint has of these epochs is not done again.
     """
     n = labels.labels.shape[1]
     # Never a batch of one row, from which batch norm could not learn.
     n_batches = max(1, min(round(n / schedule.batch_size), n // 2))
     sgd, rate = schedule.optimiser(network, schedule.epochs * n_batches)
     solve_epochs = schedule.solve_epochs()
+    run = _Run(network, labels, sgd, rate, generator, checkpoint)
+    for row in run.records:
+        record(row)
     kept = copy.deepcopy(network.state_dict())
-    for epoch in range(schedule.epochs):
+    for epoch in range(len(run.records), schedule.epochs):
         start = time.perf_counter()
         try:
             solved = epoch in solve_epochs
             if solved:  # min over Q, eq. (6)
                 if schedule.n_views:
-                    for rows, log_p in label_pass(network, views, n, schedule):
-                        labels.see(rows, log_p)
-                labels.solve()
+                    look = partial(labels.look, network)
+                    for rows, seen in label_pass(network, look, views, n, schedule):
+                        labels.see(rows, seen)
+                labels.solve(network)
             watch = schedule.n_views == 0 and epoch + 1 in solve_epochs
-            loss, order = 0.0, torch.randperm(n, generator=generator, device=generator.device)
+            loss = torch.zeros((), dtype=torch.float64, device=generator.device)
+            order = torch.randperm(n, generator=generator, device=generator.device)
+            batches = order.tensor_split(n_batches)
             network.train()
-            for rows in order.tensor_split(n_batches):  # min over the network, eq. (4)
-                log_p = network(views(rows)).log_softmax(2)
+            for rows, x in zip(batches, views(batches), strict=True):
+                with autocast(generator.device, schedule.precision):
+                    log_p = network(x).log_softmax(2)  # min over the network, eq. (4)
                 batch_loss = -(labels.targets(rows) * log_p).sum(2).mean()
                 sgd.zero_grad()
                 batch_loss.backward()
                 sgd.step()
                 rate.step()
-                loss += float(batch_loss.detach()) * len(rows) / n
-                if not math.isfinite(loss):
-                    raise FloatingPointError(_diverged(f"the loss became {loss}", schedule))
+                loss += batch_loss.detach().double() * len(rows) / n
                 if watch:
                     labels.see(rows, log_p.detach())
+            if not loss.isfinite():
+                raise FloatingPointError(_diverged(f"the loss became {float(loss)}", schedule))
         except KeyboardInterrupt:
             network.load_state_dict(kept)
             return False
@@ -210,33 +298,76 @@ def self_label(
         sizes = torch.stack(
             [la.bincount(minlength=labels.weights.shape[1]) for la in labels.labels]
         )
-        record(
-            {
-                "loss": loss,
-                "seconds": time.perf_counter() - start,
-                "solver_iterations": labels.n_iter if solved else 0,
-                "marginal_error": labels.marginal_error,
-                "changed": labels.changed if solved else 0.0,
-                "smallest": int(sizes.min()),
-                "largest": int(sizes.max()),
-            }
-        )
+        row = {
+            "loss": float(loss),
+            "seconds": time.perf_counter() - start,
+            "solver_iterations": labels.n_iter if solved else 0,
+            "marginal_error": labels.marginal_error,
+            "changed": labels.changed if solved else 0.0,
+            "smallest": int(sizes.min()),
+            "largest": int(sizes.max()),
+        }
+        run.save(row)
+        record(row)
     return True
+
+
+class _Run:
+    """All that epochs change, as a checkpoint keeps it, and the record of those done."""
+
+    def __init__(
+        self,
+        network: SelfLabelNetwork,
+        labels: SelfLabels,
+        sgd: torch.optim.Optimizer,
+        rate: torch.optim.lr_scheduler.LRScheduler,
+        generator: torch.Generator,
+        checkpoint: Checkpoint | None,
+    ):
+        self.parts: dict[str, Any] = {
+            "network": network,
+            "labels": labels,
+            "sgd": sgd,
+            "rate": rate,
+        }
+        self.generator, self.checkpoint = generator, checkpoint
+        self.records: list[dict] = []
+        state = checkpoint and checkpoint.load(torch.device("cpu"))
+        if state:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            set_random_state(generator, state["random"])
+            self.records = state["records"]
+
+    def save(self, row: dict) -> None:
+        """After an epoch."""
+        self.records.append(row)
+        if self.checkpoint:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            random = random_state(self.generator)
+            self.checkpoint.save({**state, "random": random, "records": self.records})
 
 
 @torch.no_grad()
 def label_pass(
-    network: SelfLabelNetwork, views: Callable[[Tensor], Tensor], n: int, schedule: Schedule
+    network: SelfLabelNetwork,
+    look: Callable[[Tensor], Tensor],
+    views: ViewStream,
+    n: int,
+    schedule: Schedule,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (rows, log p(y | x_i) averaged over n_views random views) for all n rows."""
+    """Yield (rows, look(x) averaged over n_views random views x) for all n rows."""
     network.eval()
     device = next(network.parameters()).device
-    for rows in torch.arange(n, device=device).split(schedule.label_rows):
-        seen = [network(views(rows)).log_softmax(2) for _ in range(schedule.n_views)]
-        log_p = torch.stack(seen).mean(0)
-        if not log_p.isfinite().all():
+    parts = torch.arange(n, device=device).split(schedule.label_rows)
+    repeated = (rows for rows in parts for _ in range(schedule.n_views))
+    stream = views(repeated)
+    for rows in parts:
+        with autocast(device, schedule.precision):
+            seen = torch.stack([look(x) for x in islice(stream, schedule.n_views)]).mean(0)
+        if not seen.isfinite().all():
             raise FloatingPointError(_diverged("predictions are not finite", schedule))
-        yield rows, log_p
+        yield rows, seen
 
 
 def _diverged(what: str, schedule: Schedule) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sized
 from numbers import Integral, Real
 from typing import Any
@@ -11,11 +12,9 @@ import numpy as np
 from sklearn.utils.validation import check_memory
 
 from sklearn_sela._backbones import BACKBONES
-from sklearn_sela._decoding import as_image
 from sklearn_sela._recipe import OVER_CLUSTER_ROWS
 
 MOST_CLUSTERS = 25  # that n_clusters="auto" considers
-CHANNELS_FIRST = "Put channels first: images.transpose(0, 3, 1, 2)."
 
 
 def check_parameters(estimator: Any) -> None:
@@ -27,7 +26,7 @@ def check_parameters(estimator: Any) -> None:
     if not isinstance(estimator.verbose, bool | np.bool_):
         _check_number("verbose", estimator.verbose, Integral, 0)
     if estimator.n_solves is not None:
-        _check_number("n_solves", estimator.n_solves, Integral, 1)
+        _check_number("n_solves", estimator.n_solves, Integral, 0)
     if estimator.over_clusters not in (None, "auto"):
         _check_number("over_clusters", estimator.over_clusters, Integral, 0)
     if estimator.n_neighbors != "auto":
@@ -41,7 +40,14 @@ def check_parameters(estimator: Any) -> None:
         check_memory(estimator.memory)
     except OSError as error:
         raise ValueError(f"memory={estimator.memory!r} cannot be used: {error}") from error
-    _check_choice("init", estimator.init, ["kmeans", "random"])
+    if estimator.checkpoint_dir is not None:
+        _check_folder("checkpoint_dir", estimator.checkpoint_dir)
+    if isinstance(estimator.init, str):
+        _check_choice("init", estimator.init, ["kmeans", "random"], "or labels")
+    _check_choice("on_bad_image", estimator.on_bad_image, ["error", "skip"])
+    _check_choice("precision", estimator.precision, ["auto", "float32", "bfloat16"])
+    if not isinstance(estimator.compile, bool | np.bool_):
+        raise TypeError(f"compile must be a bool, got {estimator.compile!r}.")
     _check_choice("lr_schedule", estimator.lr_schedule, ["one_cycle", "step"])
     if not isinstance(estimator.soft_targets, bool | np.bool_):
         raise TypeError(f"soft_targets must be a bool, got {estimator.soft_targets!r}.")
@@ -142,40 +148,23 @@ def cluster_sizes(estimator: Any) -> str | np.ndarray:
     return sizes / sizes.sum()
 
 
-def image_shape_of(
-    X: np.ndarray, image_shape: tuple[int, ...] | None
-) -> tuple[int, int, int] | None:
-    """(channels, height, width) of the rows of X, or None for vectors."""
-    asked = None if image_shape is None else as_image(image_shape)
-    shape = asked if X.ndim == 2 else as_image(X.shape[1:])
-    if shape is None:
-        return None
-    if math.prod(shape) != math.prod(X.shape[1:]):
+def starts(estimator: Any, n: int) -> np.ndarray:
+    """(n_heads, n) labels given as ``init``; ValueError for others."""
+    init, k = np.asarray(estimator.init), estimator.n_clusters
+    heads = estimator.n_heads
+    if init.shape not in ((n,), (heads, n)) or init.dtype.kind not in "iu":
         raise ValueError(
-            f"image_shape={image_shape} holds {math.prod(shape)} values, but the rows of X have "
-            f"{X.shape[1]}."
+            f"init must be 'kmeans', 'random' or integer labels of shape ({n},) or ({heads}, {n}), "
+            f"got shape {init.shape} of {init.dtype}."
         )
-    if asked is not None and asked != shape:
-        raise ValueError(f"image_shape={image_shape} does not match images of shape {shape} in X.")
-    told = asked is not None and X.ndim > 2
-    if shape[2] in (1, 3, 4) and min(shape[:2]) > 4 and not told:
+    if estimator.over_clusters not in (None, 0) or not isinstance(k, Integral):
+        raise ValueError("init as labels needs over_clusters=None and one n_clusters.")
+    if init.min() < 0 or init.max() >= k:
         raise ValueError(
-            f"Images of shape {shape} read as {shape[0]} channels of {shape[1]} x {shape[2]} "
-            f"pixels. {CHANNELS_FIRST} If they are, pass X as (n_samples, *image_shape) with "
-            f"image_shape={shape}."
+            f"init holds labels from {init.min()} to {init.max()}; with n_clusters={k} they must "
+            f"be 0 to {k - 1}."
         )
-    return shape
-
-
-def check_no_times(X: Any) -> None:
-    """Raise TypeError for dates or durations, in an array or in a column of a DataFrame."""
-    dtypes: Any = getattr(X, "dtypes", getattr(X, "dtype", None))  # a frame's, an array's
-    for dtype in np.ravel(dtypes):
-        if getattr(dtype, "kind", None) in ("m", "M"):
-            raise TypeError(
-                f"X has dtype {dtype}, but features must be numbers: turn dates and durations "
-                "into some, such as seconds since the first, or the hour of the day."
-            )
+    return np.broadcast_to(init, (heads, n)).astype(np.int64)
 
 
 def _check_number(
@@ -192,6 +181,11 @@ def _check_number(
         bound = f"> {low}" if strict else f">= {low}"
         limit = "finite" if high == math.inf else f"<= {high}"
         raise ValueError(f"{name} must be {bound} and {limit}, got {value!r}.")
+
+
+def _check_folder(name: str, value: Any) -> None:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a folder's name, got {value!r}.")
 
 
 def _check_choice(name: str, value: str, known: list[str], also: str = "") -> None:

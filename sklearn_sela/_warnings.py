@@ -12,6 +12,7 @@ from sklearn_sela._training import LABEL_TOL
 from sklearn_sela._validation import cluster_sizes
 
 _NO_CLUSTERS = 0.05  # best score, below which the number found means little
+_NAMED = 10  # files, in a warning
 _FAR = 0.1  # share of samples beyond the sizes asked for that is worth a warning
 
 
@@ -24,6 +25,17 @@ def warn_of_duplicates(points: np.ndarray, n_clusters: int) -> None:
             f"fewer than n_clusters={n_clusters}: some clusters will split identical "
             "rows or stay empty. Lower n_clusters or look for constant data.",
             ConvergenceWarning,
+            stacklevel=4,
+        )
+
+
+def warn_of_skipped(names: list[str], n: int) -> None:
+    """Of images that could not be read."""
+    if names:
+        some = ", ".join(names[:_NAMED]) + ", ..." * (len(names) > _NAMED)
+        warnings.warn(
+            f"{len(names)} of {n} images could not be read, and are labelled -1: {some}.",
+            UserWarning,
             stacklevel=4,
         )
 
@@ -55,7 +67,7 @@ def warn_of_trouble(estimator: Any, complete: bool, marginal_error: float) -> No
             ConvergenceWarning,
             stacklevel=4,
         )
-    found = len(np.unique(estimator.labels_))
+    found = len(np.unique(estimator.labels_[estimator.labels_ >= 0]))
     if found == 1 < estimator.n_clusters_:
         warnings.warn(
             "All samples are predicted into one cluster: the network cannot tell them "
@@ -73,7 +85,8 @@ def _warn_of_sizes(estimator: Any) -> None:
         if asked == "learned":
             return
         asked = np.full(estimator.n_clusters_, 1 / estimator.n_clusters_)
-    sizes = np.bincount(estimator.labels_, minlength=estimator.n_clusters_)
+    labels = estimator.labels_[estimator.labels_ >= 0]
+    sizes = np.bincount(labels, minlength=estimator.n_clusters_)
     elsewhere = 0.5 * np.abs(sizes / sizes.sum() - asked).sum()
     if elsewhere > _FAR:
         warnings.warn(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -108,7 +111,14 @@ def test_draws_leave_the_global_generator_alone(make):
 def indexed_views(probability, augment=None, neighbors=None, n=1000):
     """Rows are their own index, so a view tells which row it was made of."""
     rows = torch.arange(n, dtype=torch.float32)[:, None]
-    return Views(lambda i: rows[i], augment, neighbors, probability, generator())
+    views = Views(
+        SimpleNamespace(read=partial(map, rows.__getitem__)),
+        augment,
+        neighbors,
+        probability,
+        generator(),
+    )
+    return lambda indices: next(views([indices]))
 
 
 def chain(n=1000):

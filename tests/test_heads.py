@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_joint_counts_the_labels_of_two_views():
 
     expected = np.zeros((3, 3))
     np.add.at(expected, tuple(labels.numpy()), 1 / 600)
-    found = view_joint(network, view, 600, SCHEDULE)
+    found = view_joint(network, partial(map, view), 600, SCHEDULE)
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-6)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import ProcessPoolExecutor
 from PIL import Image, ImageOps
 from sklearn.utils import _safe_indexing
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -487,10 +487,10 @@ def test_what_is_kept_leaves_no_file_behind(tmp_path, monkeypatch):
 def test_a_worker_reads_the_same_with_its_own_threads(tmp_path):
     images = open_images(photos(tmp_path, 20, ".jpg"))
     images.check()
-    worker = get_reusable_executor(max_workers=1)
-    part = worker.submit(images.take, range(5, 9)).result()  # there and back
-    np.testing.assert_array_equal(part[:], images[5:9])
-    np.testing.assert_allclose(worker.submit(means, part).result(), means(images[5:9]))
+    with ProcessPoolExecutor(max_workers=1) as worker:
+        part = worker.submit(images.take, range(5, 9)).result()  # there and back
+        np.testing.assert_array_equal(part[:], images[5:9])
+        np.testing.assert_allclose(worker.submit(means, part).result(), means(images[5:9]))
 
 
 MEMORY = """

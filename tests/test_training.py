@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ class Toy:
         self.records = []
         return self_label(
             self.network,
-            views or self.views,
+            partial(map, views or self.views),
             labels,
             schedule,
             self.generator,
@@ -194,7 +195,7 @@ def test_momentum_is_the_share_of_the_last_scores_that_is_kept():
         if new is not one:
             expected = 0.25 * expected + 0.75 * new
         see(labels, new)
-        labels.solve()
+        labels.solve(None)
         torch.testing.assert_close(labels.scores, expected)
 
 
@@ -203,7 +204,7 @@ def test_momentum_of_one_is_the_mean_of_all():
     labels = Toy().labels(momentum=1.0)
     for new in scores:
         see(labels, new)
-        labels.solve()
+        labels.solve(None)
     torch.testing.assert_close(labels.scores, torch.stack(scores).mean(0))
 
 
@@ -224,7 +225,10 @@ def test_soft_targets_rest_between_solves():
 
 
 def label_pass_of(network, views, n_views):
-    parts = list(label_pass(network, views, N, replace(SCHEDULE, n_views=n_views, label_rows=50)))
+    schedule = replace(SCHEDULE, n_views=n_views, label_rows=50)
+    parts = list(
+        label_pass(network, lambda x: network(x).log_softmax(2), partial(map, views), N, schedule)
+    )
     assert torch.equal(torch.cat([rows for rows, _ in parts]), torch.arange(N))
     return torch.cat([log_p for _, log_p in parts])
 
@@ -313,7 +317,7 @@ def solved(soft, weights=(0.2, 0.3, 0.5), reg_m=math.inf):
     shares = torch.tensor([weights] * 2, dtype=torch.float64)
     state = SelfLabels(start, shares, 0.2, reg_m, soft, 0.0)
     see(state, random_scores())
-    state.solve()
+    state.solve(None)
     return state
 
 
@@ -350,7 +354,7 @@ def test_a_second_solve_goes_on_from_the_potential_of_the_first():
     state = solved(soft=True)
     first = state.n_iter
     see(state, random_scores())
-    state.solve()
+    state.solve(None)
     assert state.n_iter < first
     assert state.changed == 0.0
 
@@ -477,6 +481,6 @@ def test_a_weak_pull_cannot_let_a_cluster_die():
     labels = toy.labels(reg_m=1.0)
     sure = torch.stack([torch.zeros(N), torch.full((N,), -20.0)], 1) + 0.01 * toy.x
     see(labels, sure.expand(2, N, 2))
-    labels.solve()
+    labels.solve(None)
     for row in labels.labels:
         assert (row.bincount(minlength=2) >= 0.5 * N * toy.weights[0]).all()
