@@ -236,7 +236,7 @@ class FeatureLabels(SelfLabels):
 
     def _scores_of(self, rows: Tensor) -> Tensor:
         w, b = self.head
-        return torch.einsum("nd,tkd->tnk", self.features[rows], w) + b[:, None]
+        return torch.einsum("nf,tkf->tnk", self.features[rows], w) + b[:, None]
 
 
 def self_label(
