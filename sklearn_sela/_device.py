@@ -80,7 +80,10 @@ def set_random_state(generator: torch.Generator, state: list[Tensor]) -> None:
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """Within, products in this precision, where torch deems it safe; float32 is no change."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    # No cache: torch empties it when the outermost context ends, which ``plain_modes`` makes that
+    # of the whole fit; every step would see the weights of the first.
+    lower = precision != torch.float32
+    return torch.autocast(device.type, precision, enabled=lower, cache_enabled=False)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class LearnedFeatures:
         rows = torch.from_numpy(geometry.reference)
         self._outputs = np.concatenate([z for _, z in self._forward(rows)])
         p = self._outputs[:, self._d :].astype(np.float64)
-        self._mass = np.sqrt(p.sum(0))
+        self._mass = np.sqrt(np.maximum(p.sum(0), 1e-12))  # a dead cluster's is 0
         self._vectors = np.linalg.eigh((p / self._mass).T @ (p / self._mass))[1][:, ::-1]
 
     @property

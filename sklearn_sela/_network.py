@@ -30,7 +30,7 @@ class SelfLabelNetwork(nn.Module):
         return self.backbone(x).flatten(1).float()  # whatever the backbone computes in
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.heads(self.embed(x)).unflatten(1, self.shape)
+        return self.heads(self.embed(x)).float().unflatten(1, self.shape)
 
     def describe(self, x: Tensor) -> Tensor:
         """Features, and beside them every head's probabilities: (n, d + n_heads * n_clusters)."""
