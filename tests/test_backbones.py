@@ -21,7 +21,7 @@ from sklearn_sela import (
 )
 from sklearn_sela._backbones import feature_width, make_backbone
 
-RNG = np.random.default_rng(0)
+VECTORS = np.random.default_rng(0).normal(size=(60, 6))
 SMALL = "shufflenet_v2_x0_5"
 QUICK = {
     "max_epochs": 1,
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 
 def images(n=24, side=16, channels=3):
     """uint8 images of two kinds, dark and light on the left."""
-    X = RNG.integers(0, 128, (n, channels, side, side), dtype=np.uint8)
+    X = np.random.default_rng(0).integers(0, 128, (n, channels, side, side), dtype=np.uint8)
     X[::2, :, :, : side // 2] += 100
     return X
 
@@ -45,11 +45,9 @@ def clusterer(backbone, n_clusters=2, **parameters):
     return SelfLabelClusterer(n_clusters, backbone=backbone, **{**QUICK, **parameters})
 
 
-def exported(estimator, stem=False, **arguments):
+def exported(estimator, stem=False):
     """torchvision's own network, with the weights of the estimator."""
-    network = torchvision.models.get_model(
-        estimator.backbone, num_classes=estimator.n_clusters_, **arguments
-    )
+    network = torchvision.models.get_model(estimator.backbone, num_classes=estimator.n_clusters_)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if stem else "error")
         network.load_state_dict(torchvision_state_dict(estimator), strict=True)
@@ -161,7 +159,7 @@ def test_too_small_images_are_refused_with_a_size_that_will_do(name, side, enoug
 
 def test_vectors_and_many_channels_are_refused():
     with pytest.raises(ValueError, match=r"backbone='resnet18' needs images.*image_shape"):
-        clusterer("resnet18").fit(RNG.normal(size=(20, 6)))
+        clusterer("resnet18").fit(VECTORS)
     with pytest.raises(ValueError, match="1 or 3 channels, not 5"):
         clusterer("resnet18").fit(images(channels=5))
 
@@ -252,7 +250,7 @@ def test_other_backbones_are_not_exported_but_have_a_transform():
         labels = estimator.network_(x)[:, estimator.best_head_].argmax(1)
     np.testing.assert_array_equal(labels, estimator.labels_)
     with pytest.raises(ValueError, match="vectors"):
-        torchvision_transform(clusterer("mlp").fit(RNG.normal(size=(20, 6))))
+        torchvision_transform(clusterer("mlp").fit(VECTORS))
 
 
 def test_transform_sees_files_as_predict_does(tmp_path):
@@ -276,7 +274,7 @@ def test_transform_sees_files_as_predict_does(tmp_path):
         transform(torch.zeros(1, 24, 24))
 
 
-def test_transform_is_a_step_of_torchvisions(tmp_path):
+def test_transform_is_a_step_of_torchvisions():
     from torchvision.transforms import v2
 
     X = images()
@@ -329,7 +327,7 @@ def test_trained_backbone_is_not_the_same(resnet_weights):
 
 
 def test_freeze_holds_for_a_module_of_ones_own():
-    X = RNG.normal(size=(60, 6))
+    X = VECTORS
     module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
     estimator = clusterer(module, freeze=True, over_clusters=6, max_epochs=4).fit(X)
     for key, value in estimator.network_.backbone.state_dict().items():
