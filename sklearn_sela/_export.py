@@ -51,10 +51,11 @@ def torchvision_state_dict(clusterer: Any, classifier: bool = True) -> dict[str,
     --------
     >>> import torch, torchvision
     >>> from sklearn_sela import SelfLabelClusterer, torchvision_state_dict, torchvision_transform
-    >>> X = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
-    >>> quick = {"max_epochs": 1, "over_clusters": None, "random_state": 0}
-    >>> clusterer = SelfLabelClusterer(2, backbone="mobilenet_v3_small", **quick).fit(X)
-    >>> network = torchvision.models.mobilenet_v3_small(num_classes=2).eval()
+    >>> X = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    >>> X[::2, :, 8:24] = 200  # stripes
+    >>> quick = {"n_clusters": 2, "freeze": True, "max_epochs": 4, "random_state": 0}
+    >>> clusterer = SelfLabelClusterer(backbone="mnasnet0_5", **quick).fit(X)
+    >>> network = torchvision.models.mnasnet0_5(num_classes=2).eval()
     >>> network.load_state_dict(torchvision_state_dict(clusterer), strict=True)
     <All keys matched successfully>
     >>> with torch.no_grad():
