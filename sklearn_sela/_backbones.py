@@ -1,11 +1,53 @@
-"""Backbones: functions that return a module mapping a batch to (n, FEATURES) features."""
+"""Backbones: functions that return a module mapping a batch to features, and their names."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sklearn_sela._torchvision import TorchvisionBackbone
+
+OWN_BACKBONES = ("mlp", "convnet")
 FEATURES = 128  # width of the learned features, as in the clustering heads' input
+
+
+def make_backbone(name: str, shape: tuple[int, ...], weights: Any = None) -> nn.Module:
+    """The backbone of a name, for rows of a shape; weights are drawn from torch's generator.
+
+    Parameters
+    ----------
+    name : str
+        "mlp", "convnet", or a classification network of torchvision, "resnet18" say; its
+        "alexnet" is given batch norm. Of theirs, all but the last layer: see
+        :class:`TorchvisionBackbone`.
+    shape : tuple of int
+        (n_features,), or (channels, height, width) of images.
+    weights : str, path or mapping, default=None
+        To start from, of torchvision's networks: see ``read_weights`` in ``_torchvision.py``.
+
+    Returns
+    -------
+    torch.nn.Module
+        Maps (n, *shape) to (n, width); :func:`feature_width` tells the width.
+
+    Raises
+    ------
+    ValueError
+        For vectors where images are needed, images too small, or weights that do not fit.
+    """
+    if name == "mlp":
+        return nn.Sequential(nn.Flatten(), mlp(math.prod(shape)))
+    if len(shape) != 3:
+        raise ValueError(
+            f"backbone={name!r} needs images: pass X as (n_samples, channels, height, width), or "
+            "flat rows with image_shape=(height, width)."
+        )
+    if name == "convnet":
+        return convnet(shape)
+    return TorchvisionBackbone(name, shape, weights)
 
 
 def mlp(n_inputs: int) -> nn.Module:
@@ -56,6 +98,3 @@ def _dense(n_inputs: int, n_outputs: int) -> list[nn.Module]:
         nn.BatchNorm1d(n_outputs),
         nn.ReLU(inplace=True),
     ]
-
-
-BACKBONES = {"mlp": mlp, "convnet": convnet}

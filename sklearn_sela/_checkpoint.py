@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_sela._images import Images, fingerprint
+from sklearn_sela._torchvision import read_weights
 
 _RUN = "run.json"
 _IMMATERIAL = ("device", "memory", "checkpoint_dir", "verbose")  # to what a fit ends in
@@ -147,17 +148,19 @@ def checkpoints_of(
     if estimator.checkpoint_dir is None:
         return None
     parameters = estimator.get_params(deep=False).items()
-    run = {name: _text(value) for name, value in parameters if name not in _IMMATERIAL}
+    run = {name: text_of(value) for name, value in parameters if name not in _IMMATERIAL}
+    if estimator.weights is not None:  # what a file holds, wherever it is
+        run["weights"] = text_of(read_weights(estimator.backbone, estimator.weights))
     run |= {"device": device.type, "X": fingerprint(X), "sklearn_sela": __version__}
     return Checkpoints(estimator.checkpoint_dir, run, seed)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """Text that is the same for the same value, in another process too."""
     if isinstance(value, nn.Module):
-        return f"{type(value).__name__} {_text(value.state_dict())}"
+        return f"{type(value).__name__} {text_of(value.state_dict())}"
     if isinstance(value, Mapping):
-        return joblib.hash([(str(key), _text(part)) for key, part in value.items()])
+        return joblib.hash([(str(key), text_of(part)) for key, part in value.items()])
     if isinstance(value, Tensor):
         return joblib.hash(value.detach().cpu().double().numpy())
     if hasattr(value, "__array__") or isinstance(value, list | tuple):

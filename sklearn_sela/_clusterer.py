@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from sklearn_sela._augment import ImageAugment, Jitter, Views
-from sklearn_sela._backbones import convnet, feature_width, mlp
+from sklearn_sela._backbones import OWN_BACKBONES, feature_width, make_backbone
 from sklearn_sela._checkpoint import checkpoints_of
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows
 from sklearn_sela._device import one_thread, resolve_device, resolve_precision, seeded
@@ -78,10 +78,23 @@ class SelfLabelClusterer(
         Clusters of the first round; at most one per 8 samples. "auto" is 50, doubled until it
         is twice ``n_clusters``: few values, so that a search shares the round. None or 0 skips
         the round (the paper's way).
-    backbone : {"auto", "mlp", "convnet"}, torch.nn.Module or callable, default="auto"
+    backbone : str, torch.nn.Module or callable, default="auto"
         Maps a batch to features; whatever its output shape, it is flattened. A module is
         copied, never changed; a callable is called without arguments and returns one.
-        "auto" takes the convnet for images, the MLP for vectors.
+        "auto" takes the "convnet" for images, the "mlp" for vectors. "alexnet" is the paper's,
+        with batch norm. Others are torchvision's classification networks by name, without
+        the last layer: "resnet18", "vgg16_bn", "vit_b_16"; grey images are shown to them as
+        colour, and ResNets learn images of at most 64 pixels without reducing them first. They
+        often need a lower ``learning_rate``, 0.03 say.
+        :func:`sklearn_sela.torchvision_state_dict` gives them back.
+    weights : str, path or mapping, default=None
+        Weights that a network of torchvision starts from: the file of a state dict, a state
+        dict, or a name of torchvision's such as "DEFAULT" whose file is in torch's cache. Those
+        of the last layer are ignored, all others must be there. uint8 images are then scaled
+        by ImageNet's mean and deviation.
+    freeze : bool, default=False
+        Train the heads only: the backbone stays bit for bit what it was, with ``weights`` or
+        as a module of your own.
     image_shape : tuple of int, default=None
         (height, width) or (channels, height, width) of images given as flat rows. None takes
         flat rows for vectors, unless ``backbone`` and ``augment`` are "auto" and the features
@@ -230,6 +243,8 @@ class SelfLabelClusterer(
         n_heads: int = 3,
         over_clusters: int | str | None = "auto",
         backbone: Any = "auto",
+        weights: Any = None,
+        freeze: bool = False,
         image_shape: tuple[int, ...] | None = None,
         on_bad_image: str = "error",
         augment: Any = "auto",
@@ -259,6 +274,8 @@ class SelfLabelClusterer(
         self.n_heads = n_heads
         self.over_clusters = over_clusters
         self.backbone = backbone
+        self.weights = weights
+        self.freeze = freeze
         self.image_shape = image_shape
         self.on_bad_image = on_bad_image
         self.augment = augment
@@ -339,7 +356,9 @@ class SelfLabelClusterer(
         seed = checkpoints.seed if checkpoints else seed
         rng = np.random.default_rng(seed)
         vectors = self.image_shape_ is None
-        scaler = Scaler(X if vectors else X[draw_rows(n, n_values, n, rng)], self.image_shape_)
+        sample = X if vectors else X[draw_rows(n, n_values, n, rng)]
+        pretrained = self.weights is not None and sample.dtype == np.uint8
+        scaler = Scaler(sample, self.image_shape_, as_imagenet=pretrained and not vectors)
         rows = Rows(X, scaler, device)
         geometry = Geometry(rows, n_values, rng)
         warn_of_duplicates(geometry.points, recipe.candidates[0])
@@ -356,7 +375,7 @@ class SelfLabelClusterer(
         self._view_parameters = self.augment, self.n_neighbors, self.neighbor_probability
         self._schedule = recipe.schedule
         # Steps so short that more than one CPU thread would slow them down.
-        ours = isinstance(self.backbone, str)
+        ours = isinstance(self.backbone, str) and self.backbone in ("auto", *OWN_BACKBONES)
         self._small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
         with seeded(seed, device) as generator, one_thread(self._small):
             backbone = self._make_backbone(n_values).to(device).float()
@@ -558,17 +577,10 @@ class SelfLabelClusterer(
 
     def _make_backbone(self, n_values: int) -> nn.Module:
         kind = self.backbone
-        if kind == "auto":
-            kind = "mlp" if self.image_shape_ is None else "convnet"
-        if kind == "mlp":
-            return nn.Sequential(nn.Flatten(), mlp(n_values))
-        if kind == "convnet":
-            if self.image_shape_ is None:
-                raise ValueError(
-                    "backbone='convnet' needs images: pass X as (n_samples, channels, height, "
-                    "width), or flat rows with image_shape=(height, width)."
-                )
-            return convnet(self.image_shape_)
+        if isinstance(kind, str):
+            if kind == "auto":
+                kind = "mlp" if self.image_shape_ is None else "convnet"
+            return make_backbone(kind, self.image_shape_ or (n_values,), self.weights)
         made = copy.deepcopy(kind) if isinstance(kind, nn.Module) else kind()
         if not isinstance(made, nn.Module):
             raise TypeError(f"backbone returned {type(made).__name__}, not a torch module.")
@@ -608,6 +620,7 @@ class SelfLabelClusterer(
             reg=self.reg,
             soft_targets=self.soft_targets,
             label_momentum=self.label_momentum,
+            freeze=self.freeze,
             schedule=Schedule(
                 epochs=self.max_epochs,
                 # Small data: shorter batches, or an epoch would be a step or two.

@@ -24,6 +24,7 @@ _PCA_DIM = 50  # in which neighbours are searched: less noise, less time
 _SMALLEST_SIDE = 8  # pixels, of square images recognised in flat rows
 _ALIKE = 0.15  # by how much neighbouring pixels are more correlated than distant ones
 _SHUFFLES = 20  # of the features, against which a correlation must stand out
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of pixels in [0, 1]
 _TOO_LARGE = "X holds values too large: their spread is not a finite number."
 
 
@@ -34,9 +35,19 @@ class Scaler:
     standard deviation, after subtracting its typical border value, so that the zeros that
     geometric augmentation moves in look like more background. A sample of images will do;
     of vectors all rows are looked at, for a feature may vary in few of them.
+
+    ``as_imagenet`` scales pixels of 0 to 255 as networks trained on ImageNet expect, whatever X
+    is; grey ones by the mean over its channels.
     """
 
-    def __init__(self, X: Any, image_shape: tuple[int, int, int] | None):
+    def __init__(self, X: Any, image_shape: tuple[int, int, int] | None, as_imagenet: bool = False):
+        self.image_shape = image_shape
+        if as_imagenet:
+            moments = 255 * np.array(_IMAGENET)  # (2, 3)
+            if image_shape is not None and image_shape[0] == 1:
+                moments = moments.mean(1, keepdims=True)
+            self.shift, self.scale = moments[..., None, None]
+            return
         with np.errstate(over="ignore", invalid="ignore"):
             if image_shape is None:
                 self.shift, self.scale, largest = column_moments(X)
@@ -51,7 +62,6 @@ class Scaler:
         self.scale[self.scale <= noise] = 1.0  # constant: nothing to learn, nothing to blow up
         if not np.isfinite(self.scale).all():
             raise ValueError(_TOO_LARGE)
-        self.image_shape = image_shape
 
     def __call__(self, rows: np.ndarray, device: torch.device) -> Tensor:
         """Rows of any dtype and layout, as (n, d) or (n, C, H, W) float32 on the device.

@@ -61,7 +61,7 @@ class Files:
                 turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
             except Exception:  # the EXIF data are damaged, the pixels are not
                 turn = None
-            return _pixels(image, self.shape, turn)
+            return pixels(image, self.shape, turn)
 
     def name(self, i: int) -> str:
         return self.paths[i]
@@ -106,7 +106,7 @@ class Items:
         with self._noting(i):
             item = self._item(i)
             if isinstance(item, Image.Image):
-                item = _pixels(item, self.shape) if len(self.shape) == 3 else np.asarray(item)
+                item = pixels(item, self.shape) if len(self.shape) == 3 else np.asarray(item)
             if item.dtype != self.dtype or item.ndim != len(self.shape):
                 raise ValueError(
                     f"{self.name(i)} has {item.ndim} dimensions and dtype {item.dtype}, unlike the "
@@ -201,7 +201,7 @@ def _opened(path: str) -> Image.Image:
         raise OSError(f"{'not' if os.path.getsize(path) else 'empty: not'} an image") from None
 
 
-def _pixels(image: Image.Image, shape: tuple[int, ...], turn: Any = None) -> np.ndarray:
+def pixels(image: Image.Image, shape: tuple[int, ...], turn: Any = None) -> np.ndarray:
     """(C, H, W) uint8 of a PIL image, turned, scaled to cover H x W and cut around the centre."""
     c, h, w = shape
     lies = turn is not None and turn in _ON_SIDE

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_memory
 
+from sklearn_sela._checkpoint import text_of
 from sklearn_sela._images import Images
 from sklearn_sela._recipe import Recipe, Round
+from sklearn_sela._torchvision import read_weights
 
 # Parameters that do not change the first round; the seed and the device are looked at as such.
 _LATER = (
@@ -47,6 +49,8 @@ def remember_by(
         return lambda learn: learn()
     decides = {k: v for k, v in estimator.get_params(deep=False).items() if k not in _LATER}
     decides |= {"over_clusters": recipe.over_clusters, "image_shape": estimator.image_shape_}
+    if estimator.weights is not None:  # what a file holds, wherever it is
+        decides["weights"] = text_of(read_weights(estimator.backbone, estimator.weights))
     where = (__version__, torch.__version__, str(device), torch.get_num_threads())
     cached = check_memory(estimator.memory).cache(_first_round, ignore=["learn"])
     return partial(cached, joblib.hash(X), seed, decides, where)

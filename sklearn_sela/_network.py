@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _BATCH_ROWS = 256  # of one inference batch
+_LARGE = 1 << 22  # weights of a network that keeps a CPU busy with
+_FEW_ROWS = 32  # rows: padding a few to more would take seconds
 _BATCH_VALUES = 1 << 21  # input values in memory at a time, without gradients
 
 
@@ -18,13 +20,31 @@ def rows_at_once(n_values: int, most: int) -> int:
 
 
 class SelfLabelNetwork(nn.Module):
-    """Backbone and ``n_heads`` linear heads; maps (n, ...) to (n, n_heads, n_clusters) logits."""
+    """Backbone and ``n_heads`` linear heads; maps (n, ...) to (n, n_heads, n_clusters) logits.
 
-    def __init__(self, backbone: nn.Module, n_features: int, n_heads: int, n_clusters: int):
+    With ``freeze`` only the heads learn: the backbone gets no gradient and stays in eval mode,
+    or batch norm would still take in statistics.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        n_features: int,
+        n_heads: int,
+        n_clusters: int,
+        freeze: bool = False,
+    ):
         super().__init__()
-        self.backbone = backbone
+        self.backbone = backbone.requires_grad_(False) if freeze else backbone
+        self.freeze = freeze
         self.heads = nn.Linear(n_features, n_heads * n_clusters)
         self.shape = (n_heads, n_clusters)
+
+    def train(self, mode: bool = True) -> SelfLabelNetwork:
+        super().train(mode)
+        if self.freeze:
+            self.backbone.eval()
+        return self
 
     def embed(self, x: Tensor) -> Tensor:
         return self.backbone(x).flatten(1).float()  # whatever the backbone computes in
@@ -56,13 +76,14 @@ def inference(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, function(batch(rows))) over n rows, network in eval mode meanwhile.
 
-    The size of a batch depends on the values per row alone, and the last batch is padded to
-    it: kernels choose their order of summation by shape, so only equal shapes give a row the
-    same bits in any company.
+    The size of a batch depends on the network and the values per row alone, and the last batch
+    is padded to it: kernels choose their order of summation by shape, so only equal shapes give
+    a row the same bits in any company.
     """
-    size = rows_at_once(n_values, _BATCH_ROWS)
     training = network.training
     device = next(network.parameters()).device
+    large = sum(p.numel() for p in network.parameters()) > _LARGE
+    size = rows_at_once(n_values, _FEW_ROWS if large and device.type == "cpu" else _BATCH_ROWS)
     network.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):

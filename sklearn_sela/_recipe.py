@@ -45,6 +45,7 @@ class Recipe:
     reg: float
     soft_targets: bool
     label_momentum: float
+    freeze: bool
     schedule: Schedule
 
 
@@ -181,8 +182,8 @@ class Rounds:
         return compare_n_clusters(candidates, self.record, self.seed)
 
     def _network(self, n_clusters: int) -> SelfLabelNetwork:
-        n_heads = self.recipe.n_heads
-        network = SelfLabelNetwork(self.backbone, self.n_features, n_heads, n_clusters)
+        r = self.recipe
+        network = SelfLabelNetwork(self.backbone, self.n_features, r.n_heads, n_clusters, r.freeze)
         return network.to(self.generator.device)
 
     def _labels(

@@ -62,7 +62,7 @@ class Schedule:
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """SGD with momentum 0.9, and its learning rate over ``steps`` steps."""
         sgd = torch.optim.SGD(
-            network.parameters(),
+            [p for p in network.parameters() if p.requires_grad],
             self.learning_rate,
             momentum=0.9,
             nesterov=True,

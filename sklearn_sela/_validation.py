@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import check_memory
 
-from sklearn_sela._backbones import BACKBONES
+from sklearn_sela._backbones import OWN_BACKBONES
 from sklearn_sela._recipe import OVER_CLUSTER_ROWS
+from sklearn_sela._torchvision import closest_names, torchvision_names
 
 MOST_CLUSTERS = 25  # that n_clusters="auto" considers
 
@@ -51,17 +52,46 @@ def check_parameters(estimator: Any) -> None:
     _check_choice("lr_schedule", estimator.lr_schedule, ["one_cycle", "step"])
     if not isinstance(estimator.soft_targets, bool | np.bool_):
         raise TypeError(f"soft_targets must be a bool, got {estimator.soft_targets!r}.")
-    if isinstance(estimator.backbone, str):
-        _check_choice("backbone", estimator.backbone, ["auto", *BACKBONES], "or a torch module")
-    elif not callable(estimator.backbone):
-        raise TypeError(
-            f"backbone must be a name, a torch module or a callable, got {estimator.backbone!r}."
-        )
+    _check_backbone(estimator.backbone)
+    _check_weights(estimator.weights, estimator.backbone)
+    if not isinstance(estimator.freeze, bool | np.bool_):
+        raise TypeError(f"freeze must be a bool, got {estimator.freeze!r}.")
     if isinstance(estimator.augment, str):
         _check_choice("augment", estimator.augment, ["auto"], "None or a callable on a batch")
     elif estimator.augment is not None and not callable(estimator.augment):
         raise TypeError(f"augment must be 'auto', None or a callable, got {estimator.augment!r}.")
     cluster_sizes(estimator)
+
+
+def _check_backbone(backbone: Any) -> None:
+    if not isinstance(backbone, str):
+        if not callable(backbone):
+            raise TypeError(
+                f"backbone must be a name, a torch module or a callable, got {backbone!r}."
+            )
+    elif backbone not in ("auto", *OWN_BACKBONES) and backbone not in torchvision_names():
+        closest = closest_names(backbone)
+        raise ValueError(
+            f"backbone={backbone!r} is unknown; use one of {['auto', *OWN_BACKBONES, 'alexnet']}, "
+            "the name of a classification network of torchvision, such as 'resnet18', or a torch "
+            f"module.{f' Did you mean one of {closest}?' if closest else ''}"
+        )
+
+
+def _check_weights(weights: Any, backbone: Any) -> None:
+    if weights is None:
+        return
+    if isinstance(weights, bool) or not isinstance(weights, str | os.PathLike | Mapping):
+        raise TypeError(
+            f"weights must be a file, a state dict or a name of torchvision's, got {weights!r}."
+        )
+    if not isinstance(backbone, str):
+        raise ValueError("weights are for torchvision's networks: load them into your backbone.")
+    if backbone in ("auto", *OWN_BACKBONES):
+        raise ValueError(
+            f"weights are for torchvision's networks, not for backbone={backbone!r}: name theirs, "
+            "as in backbone='resnet18'."
+        )
 
 
 def _check_n_clusters(estimator: Any) -> None:

@@ -47,7 +47,7 @@ def test_the_readme_shows_what_its_first_example_prints():
     assert re.search(r"clusterer\.labels_\) > 0\.94\)\n\nprints[^\n]*::\n\n    True\n", readme)
 
 
-@pytest.mark.parametrize("module", ["_clusterer", "_sinkhorn", "metrics"])
+@pytest.mark.parametrize("module", ["_clusterer", "_export", "_sinkhorn", "metrics"])
 def test_docstring_examples_print_what_they_show(module):
     results = doctest.testmod(importlib.import_module(f"sklearn_sela.{module}"))
     assert results.attempted

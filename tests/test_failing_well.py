@@ -253,6 +253,8 @@ BAD = {
     "n_heads": [0, 1.5, None],
     "over_clusters": [-1, 2.5, "many", True],
     "backbone": [3, None],
+    "weights": [3, True, "resnet.pt", {}],  # of a backbone that has none
+    "freeze": ["no", None, 1],
     "augment": [3, True],
     "n_neighbors": [-1, 2.0, None],
     "neighbor_probability": [-0.1, 1.1, np.nan, "half", None],
