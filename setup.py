@@ -40,6 +40,7 @@ setup(
             *fast,
             "umap-learn>=0.5.7",
             "POT>=0.9.5",
+            "kornia>=0.8",
         ],
         "test": [
             *plots,

@@ -21,7 +21,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from sklearn_sela._augment import ImageAugment, Jitter, Views
+from sklearn_sela._augment import ImageAugment, Jitter, PhotoAugment, Views
 from sklearn_sela._backbones import OWN_BACKBONES, feature_width, make_backbone
 from sklearn_sela._checkpoint import checkpoints_of
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows
@@ -591,6 +591,8 @@ class SelfLabelClusterer(
         if isinstance(augment, str):
             if self.image_shape_ is None:
                 augment = Jitter(generator)
+            elif self.image_shape_[0] == 3:
+                augment = PhotoAugment(generator, flip=self._mirrors)
             else:
                 augment = ImageAugment(generator, flip=self._mirrors)
         if k == "auto":

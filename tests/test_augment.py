@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sklearn_sela._augment import ImageAugment, Jitter, Views
+from sklearn_sela._augment import ImageAugment, Jitter, PhotoAugment, Views
 
 
 def generator(seed=0):
@@ -47,22 +47,14 @@ def test_image_augment_draws_per_sample():
     assert len(out.unique(dim=0)) == len(out)
 
 
-def test_image_augment_at_strength_zero_is_the_identity():
-    x = left_bright(channels=3)
-    torch.testing.assert_close(ImageAugment(generator(), strength=0)(x), x, atol=1e-4, rtol=0)
-
-
 def test_image_augment_flips_only_if_asked():
     out = ImageAugment(generator(), flip=False)(left_bright(500))
     assert (out[..., :8].sum((1, 2, 3)) > out[..., 8:].sum((1, 2, 3))).all()
 
 
 def test_image_augment_flips_about_half_of_the_samples_if_asked():
-    x = left_bright(400)
-    out = ImageAugment(generator(), strength=0, flip=True)(x)
-    flipped = (out - x.flip(-1)).abs().amax((1, 2, 3)) < 1e-4
-    kept = (out - x).abs().amax((1, 2, 3)) < 1e-4
-    assert (flipped ^ kept).all()
+    out = ImageAugment(generator(), flip=True)(left_bright(400))
+    flipped = out[..., :8].sum((1, 2, 3)) < out[..., 8:].sum((1, 2, 3))
     assert flipped.float().mean() == pytest.approx(0.5, abs=0.1)
 
 
@@ -85,26 +77,83 @@ def test_image_augment_shifts_by_at_most_an_eighth_of_the_side():
     assert moved.norm(dim=1).max() > 0.5 * side / 8
 
 
-def test_colour_images_change_brightness_per_sample():
-    # Opposite values keep the affine part from explaining a change of the mean.
-    out = ImageAugment(generator())(torch.zeros(20, 3, 8, 8))
-    assert len(out.mean((1, 2, 3)).unique()) == 20
+def ramp(n=300, side=32):
+    """(n, 3, side, side): red tells the column, green the row, from -1 to 1; blue is 1."""
+    axis = torch.linspace(-1, 1, side)
+    red, green = axis.expand(side, side), axis[:, None].expand(side, side)
+    return torch.stack([red, green, torch.ones(side, side)]).expand(n, 3, side, side)
+
+
+def test_crops_are_within_the_image_and_of_the_areas_and_ratios_asked_for():
+    out = PhotoAugment(generator())._crop(ramp())
+    width = (out[:, 0, 16, -1] - out[:, 0, 16, 0]) / 2 * 32 / 31
+    height = (out[:, 1, -1, 16] - out[:, 1, 0, 16]) / 2 * 32 / 31
+    area, ratio = width * height, width / height
+    assert area.min() > 0.2
+    assert area.max() < 1.05
+    assert area.mean() == pytest.approx(0.625, abs=0.03)
+    assert ratio.min() > 0.7
+    assert ratio.max() < 1.42
+    torch.testing.assert_close(out[:, 2], torch.ones(300, 32, 32))  # nothing from beyond the edges
+
+
+def test_photos_are_flipped_about_half_the_time_and_only_if_asked():
+    for flip, share in ((True, 0.5), (False, 0)):
+        out = PhotoAugment(generator(), flip)._crop(ramp())
+        flipped = out[:, 0, 16, 0] > out[:, 0, 16, -1]
+        assert flipped.float().mean() == pytest.approx(share, abs=0.1 * flip)
+
+
+def test_colours_change_by_one_linear_map_an_image():
+    x = torch.randn(50, 3, 6, 6, generator=generator())
+    out = PhotoAugment(generator())._recolour(x)
+    ones = torch.ones(50, 36, 1)
+    pixels = torch.cat([x.flatten(2).mT, ones], 2)
+    fit = pixels @ torch.linalg.lstsq(pixels, out.flatten(2).mT).solution
+    torch.testing.assert_close(fit, out.flatten(2).mT, atol=1e-4, rtol=1e-4)
+
+
+def test_one_photo_in_five_becomes_grey():
+    out = PhotoAugment(generator())._recolour(torch.randn(1000, 3, 4, 4, generator=generator()))
+    grey = out.std(1).amax((1, 2)) < 1e-5
+    assert grey.float().mean() == pytest.approx(0.2, abs=0.05)
+
+
+def test_grey_pixels_of_photos_stay_grey():
+    x = torch.randn(50, 1, 6, 6, generator=generator()).expand(50, 3, 6, 6)
+    out = PhotoAugment(generator())._recolour(x)
+    assert out.std(1).max() < 1e-5
+
+
+def test_contrast_and_brightness_are_within_their_limits():
+    x = torch.randn(500, 1, 8, 8, generator=generator()).expand(500, 3, 8, 8)
+    out = PhotoAugment(generator())._recolour(x)
+    contrast = out.std((1, 2, 3)) / x.std((1, 2, 3))
+    moved = (out - x).mean((1, 2, 3))
+    for values, low, high in ((contrast, 0.6, 1.4), (moved, -0.4, 0.4)):
+        assert values.min() == pytest.approx(low, abs=0.02)
+        assert values.max() == pytest.approx(high, abs=0.02)
+
+
+def test_photos_keep_the_layout_that_convolutions_like():
+    x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert PhotoAugment(generator(), True)(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_grey_images_keep_their_brightness():
     assert not ImageAugment(generator())(torch.zeros(20, 1, 8, 8)).any()
 
 
-@pytest.mark.parametrize("make", [Jitter, ImageAugment])
+@pytest.mark.parametrize("make", [Jitter, ImageAugment, PhotoAugment])
 def test_same_generator_seed_gives_the_same_views(make):
-    x = left_bright(6)
+    x = left_bright(6, channels=3)
     assert torch.equal(make(generator(3))(x), make(generator(3))(x))
 
 
-@pytest.mark.parametrize("make", [Jitter, ImageAugment])
+@pytest.mark.parametrize("make", [Jitter, ImageAugment, PhotoAugment])
 def test_draws_leave_the_global_generator_alone(make):
     before = torch.random.get_rng_state()
-    make(generator())(left_bright(6))
+    make(generator())(left_bright(6, channels=3))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
