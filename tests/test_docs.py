@@ -35,19 +35,12 @@ def test_code_blocks_of_a_page_run_in_a_fresh_interpreter(page):
     assert "False" not in done.stdout  # examples print what they claim
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda e: e.name)
-def test_examples_draw_their_picture(example, tmp_path):
-    subprocess.run([sys.executable, example], cwd=tmp_path, check=True, capture_output=True)
-    (picture,) = tmp_path.glob("*.png")
-    assert picture.stat().st_size > 10_000
-
-
 def test_the_readme_shows_what_its_first_example_prints():
     readme = (ROOT / "README.rst").read_text()
     assert re.search(r"clusterer\.labels_\) > 0\.94\)\n\nprints[^\n]*::\n\n    True\n", readme)
 
 
-@pytest.mark.parametrize("module", ["_clusterer", "_export", "_sinkhorn", "metrics"])
+@pytest.mark.parametrize("module", ["_clusterer", "_export", "_sinkhorn", "evaluation", "metrics"])
 def test_docstring_examples_print_what_they_show(module):
     results = doctest.testmod(importlib.import_module(f"sklearn_sela.{module}"))
     assert results.attempted
