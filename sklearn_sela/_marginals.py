@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
 
 Vector = NDArray[np.float64]  # of one number per cluster
-_SETTLED = 0.99  # of a share, at most: no step is longer than 100 of Sinkhorn's
+_SETTLED = 0.9  # of a share, at most: no step is longer than 10 of Sinkhorn's
 
 
 @dataclass(frozen=True)
