@@ -5,7 +5,7 @@
     python benchmarks/sinkhorn.py --linear       # time per entry from 10^6 to 2 * 10^8 entries
     python benchmarks/sinkhorn.py --memmap 8     # a file of 8 GB, and the memory it takes
     python benchmarks/sinkhorn.py --oracle       # labels of real fits against a float64 oracle
-    python benchmarks/sinkhorn.py --update       # Sinkhorn, over-relaxation, Anderson, Newton
+    python benchmarks/sinkhorn.py --update       # reads of Sinkhorn, over-relaxed, ours, Newton
 
 Each size is a process of its own, and every ratio is of times taken in it. The scores are
 log-softmax of features times a head: (a mixture of Gaussians, 64 dimensions, unit length) times
@@ -254,14 +254,15 @@ def real_scores(dataset: str) -> dict[str, np.ndarray]:
     """What the solver was given early, in the middle and late in each round of a default fit."""
     from datasets import load
     from sklearn_sela import SelfLabelClusterer
+    from sklearn_sela._network import SelfLabelNetwork
     from sklearn_sela._training import SelfLabels
 
     given: list[np.ndarray] = []
     solve = SelfLabels.solve
 
-    def record(self: SelfLabels) -> None:
+    def record(self: SelfLabels, network: SelfLabelNetwork) -> None:
         given.append(self.scores[0].numpy().copy())
-        solve(self)
+        solve(self, network)
 
     SelfLabels.solve = record
     try:
@@ -324,7 +325,7 @@ def update() -> None:
         start = Ask(0, np.zeros(k), REG)
         if method == "Newton":
             solver = _descent._newton(start, marginal, used, TOL, 1000)
-        elif method == "Anderson":
+        elif method == "ours":
             solver = _descent._descend(start, marginal, used, TOL, 1000)
         else:
             factor = {"Sinkhorn": 1.0, "over-relaxed by 1.5": 1.5}[method]
@@ -332,7 +333,7 @@ def update() -> None:
                 m = reader.sums([start])[0].m
                 if np.abs(m - marginal.c).sum() <= TOL:
                     return n
-                step = marginal.step(start.v, m, REG) - start.v
+                step = REG * np.log(marginal.c / m)
                 start = start._replace(v=start.v + factor * step)
             return None
         ask = next(solver)
@@ -342,7 +343,7 @@ def update() -> None:
             except StopIteration as stop:
                 return stop.value[1]
 
-    methods = ("Sinkhorn", "over-relaxed by 1.5", "Anderson", "Newton")
+    methods = ("Sinkhorn", "over-relaxed by 1.5", "ours", "Newton")
     print(f"{'':<30}" + "".join(f"{method:>22}" for method in methods))
     problems = {size: network_scores(*map(int, size.split("x"))) for size in SIZES[:3]}
     for size in SIZES[:2]:

@@ -1,4 +1,4 @@
-"""The iteration: Sinkhorn's, accelerated, and Newton's where it crawls; one potential per cluster.
+"""The iteration: Sinkhorn's, scaled and accelerated, then Newton's; one potential per cluster.
 
 The row constraint is kept exactly by a softmax, so one iteration reads the scores once. All
 that is done between two reads is on vectors of one number per cluster.
@@ -92,11 +92,11 @@ def _descend(
         F(v) = reg * sum_i r_i logsumexp((s_i + v) / reg) + (the marginal's part),
 
     whose gradient is m - t: the shares of the current solution less their target. Sinkhorn's
-    step, v += reg * log(c / m) for exact sizes, is a fixed-point map; Anderson acceleration
-    (Walker, Ni 2011) combines the last few iterates so that their residuals cancel best. It is
-    kept only while the error falls, which it does under the plain step: after a failure the
-    plain step follows, from the last point trusted. Where even that crawls (sharp problems, in
-    which rows change cluster one at a time), damped Newton steps finish.
+    step, v += reg * log(c / m) for exact sizes, scaled by the diagonal of the Hessian, is a
+    fixed-point map (``marginal.step``); Anderson acceleration (Walker, Ni 2011) combines the last
+    few iterates so that their residuals cancel best. It is kept only while the error falls: after
+    a failure the plain step follows, from the last point trusted. Where even that crawls (sharp
+    problems, in which rows change cluster one at a time), damped Newton steps finish.
 
     A generator: yields where it wants to know the sums over the rows, and is sent them.
     """
@@ -107,7 +107,8 @@ def _descend(
     for n in range(1, max_iter + 1):
         sums = yield start._replace(v=in_all(v, used))
         m = sums.m[used]
-        error = float(np.abs(m - marginal.target(v, m)).sum())
+        target = marginal.target(v, m)
+        error = float(np.abs(m - target).sum())
         if error < best:
             best_v, best = v, error
         if best <= tol or n == max_iter:
@@ -121,7 +122,7 @@ def _descend(
             checked = best
         if error <= trusted or plain:
             trusted = error
-            memory.append((v, marginal.step(v, m, reg) - v))
+            memory.append((v, marginal.step(v, m, target, sums.squares[used], reg) - v))
         else:  # the acceleration overshot: on from the last point trusted
             last = memory.pop()
             memory.clear()

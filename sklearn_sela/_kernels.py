@@ -24,6 +24,7 @@ _CHUNK = 1 << 20  # entries that the torch path works on at a time: bounds tempo
 _FUSED_FROM = 1 << 18  # entries; below, fused reads are not worth their import
 _FUSED_TOL = 1e-5  # smallest tolerance that sums in float32 can tell
 _ROUNDING = 1e7  # largest exponent over tol that float32 can hold without moving shares by tol
+_STARVED = float(np.finfo(np.float32).tiny)  # least share, whose log is finite
 _TIE = 1e-6  # entries of the solution closer than this, relatively, are tied
 
 
@@ -45,6 +46,7 @@ class Sums(NamedTuple):
     """With q_i = softmax((s_i + v) / reg) and weights r_i that sum to one."""
 
     m: NDArray[np.float64]  # cluster shares, sum_i r_i q_i: (K,)
+    squares: NDArray[np.float64]  # sum_i r_i q_i ** 2, the diagonal of the Gram matrix: (K,)
     value: float = 0.0  # reg * sum_i r_i logsumexp((s_i + v) / reg), if gram was asked for
     gram: NDArray[np.float64] | None = None  # sum_i r_i q_i q_i': (K, K)
 
@@ -100,23 +102,23 @@ class Reader:
         return [_as_sums(ask, *parts) for ask, parts in zip(asks, found, strict=True)]
 
     def _read(self, ask: Ask) -> Callable[[Tensor, slice], tuple[Any, ...]]:
-        """What a tile adds: (shares,), or (shares, value, Gram matrix) if that was asked for."""
+        """What a tile adds: ([shares, squares],), and (value, Gram matrix) if asked for."""
         if self._fused is None or ask.gram:
             return partial(self._plain_read, ask)
         column_sums = self._fused.column_sums(ask, self._w)
         return lambda tile, rows: (column_sums(tile, rows) / self.n,)
 
     def _plain_read(self, ask: Ask, tile: Tensor, rows: slice) -> tuple[Any, ...]:
-        m, value = torch.zeros(self.k, dtype=torch.float64, device=self.device), 0.0
-        gram = m.new_zeros(self.k, self.k) if ask.gram else None
+        sums, value = torch.zeros(2, self.k, dtype=torch.float64, device=self.device), 0.0
+        gram = sums.new_zeros(self.k, self.k) if ask.gram else None
         for part, z in self._exponents(tile, rows, ask):
             q, r = z.softmax(1), self.r[part]
             rq = r[:, None].to(q.dtype) * q
-            m += rq.sum(0).double()
+            sums += torch.stack([rq.sum(0), (rq * q).sum(0)])
             if gram is not None:
                 gram += (rq.T @ q).double()
                 value += float((r * z.logsumexp(1).double()).sum())
-        return (m,) if gram is None else (m, value, gram)
+        return (sums,) if gram is None else (sums, value, gram)
 
     def exponents(self, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
         """(rows, (s + v) / reg less a number per row), a chunk at a time."""
@@ -176,10 +178,10 @@ class Reader:
                 yield part, self._clean(tile[start : start + step]).div_(ask.reg).add_(shift)
 
 
-def _as_sums(ask: Ask, m: Any, value: float = 0.0, gram: Tensor | None = None) -> Sums:
-    m = m.cpu().numpy() if isinstance(m, Tensor) else m
-    m = np.maximum(m, np.finfo(np.float32).tiny)  # the log of a starved share is finite
-    return Sums(m, ask.reg * value, None if gram is None else gram.cpu().numpy())
+def _as_sums(ask: Ask, sums: Any, value: float = 0.0, gram: Tensor | None = None) -> Sums:
+    m, squares = sums.cpu().numpy() if isinstance(sums, Tensor) else sums
+    m = np.maximum(m, _STARVED)
+    return Sums(m, squares, ask.reg * value, None if gram is None else gram.cpu().numpy())
 
 
 def as_shares(weights: Any, size: int, name: str, device: torch.device | None = None) -> Tensor:

@@ -7,6 +7,7 @@ the library's would keep the compiler from using vector registers.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
 _LINE = 16  # entries of float32 that come into the cache together
 _LONG = 512  # columns of rows that the processor does not fetch ahead well enough by itself
-_TOGETHER = 1 << 21  # entries, from which on a second thread is worth waking
+_TOGETHER = 1 << 19  # entries, from which on other threads are worth waking
 _DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
 _F = np.float32
 _LOW, _HIGH = _F(-3e38), _F(3e38)
@@ -71,15 +72,25 @@ _max, _min = _extremum("llvm.maxnum"), _extremum("llvm.minnum")
 
 
 @intrinsic
-def _not_finite(context, x):  # type: ignore[no-untyped-def]
-    """1.0 for infinity and NaN, which fast arithmetic may not compare; else 0.0."""
+def _magnitude(context, x):  # type: ignore[no-untyped-def]
+    """The bits of abs(x), which compare as abs(x) does; infinity and NaN are above all others."""
 
     def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
         i32 = ir.IntType(32)
-        exponent = builder.and_(builder.bitcast(args[0], i32), i32(0x7F800000))
-        return builder.uitofp(builder.icmp_signed("==", exponent, i32(0x7F800000)), ir.FloatType())
+        return builder.and_(builder.bitcast(args[0], i32), i32(0x7FFFFFFF))
 
-    return types.float32(types.float32), code
+    return types.int32(types.float32), code
+
+
+@intrinsic
+def _take(context, taken):  # type: ignore[no-untyped-def]
+    """The number of the next block that no thread has taken yet; ``taken[0]`` counts them."""
+
+    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place = make_array(taken)(context, builder, args[0]).data
+        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(taken), code
 
 
 @intrinsic
@@ -127,25 +138,22 @@ def _row_of(k, value):  # type: ignore[no-untyped-def]
 
 
 @njit(**_COMPILE)
-def scan(s, top, first, step):  # type: ignore[no-untyped-def]
-    """Largest entry of each row into top; returns (lowest, highest, widest row, not finite)."""
+def scan(s, top, taken):  # type: ignore[no-untyped-def]
+    """Largest entry of each row into top; returns (widest row, largest magnitude)."""
     n, k = s.shape
-    found, bad = np.zeros(4, np.float32), _row_of(k, _F(0))
-    found[0], found[1] = _HIGH, _LOW
-    for start in range(first * ROWS, n, step * ROWS):
+    widest, largest = _F(0), np.int32(0)
+    start = ROWS * _take(taken)
+    while start < n:
         for i in range(start, min(start + ROWS, n)):
             high, low = _LOW, _HIGH
             for j in range(k):
                 x = _F(s[i, j])
                 high, low = _max(high, x), _min(low, x)
-                bad[j] = _max(bad[j], _not_finite(x))
+                largest = max(largest, _magnitude(x))
             top[i] = high
-            found[0] = _min(found[0], low)
-            found[1] = _max(found[1], high)
-            found[2] = _max(found[2], high - low)
-    for j in range(k):
-        found[3] = _max(found[3], bad[j])
-    return found
+            widest = _max(widest, high - low)
+        start = ROWS * _take(taken)
+    return widest, largest
 
 
 @njit(**_COMPILE)
@@ -158,63 +166,72 @@ def _largest_exponents(s, a, g, base, start, stop):  # type: ignore[no-untyped-d
 
 
 @njit(**_COMPILE)
-def column_sums(s, a, g, weight, ahead, base, refresh, parts, first, step):  # type: ignore[no-untyped-def]
-    """Into parts, by block: sum over rows of weight (None: 1) * softmax of (a * s + g) * log 2.
+def column_sums(s, a, g, weight, ahead, base, refresh, parts, taken):  # type: ignore[no-untyped-def]
+    """Into parts[block]: sums over its rows of weight (None: 1) times q and times q ** 2.
 
-    ``base`` holds what is taken off the exponents of each row so that they do not overflow:
-    about their maximum, which ``refresh`` finds anew. A row is added to the sums in the loop
-    that reads its successor: by then the total of its exponentials is known. ``ahead`` (else
-    None, for which numba compiles a faster loop without it) asks for that row's successor.
+    q is the softmax of (a * s + g) * log 2. ``base`` holds what is taken off the exponents of
+    each row so that they do not overflow: about their maximum, which ``refresh`` finds anew.
+    ``ahead`` (else None, for which numba compiles a faster loop without it) asks for the row
+    after the one that is read.
     """
     n, k = s.shape
-    e, sums, g = _row_of(k, _F(0)), _row_of(k, _F(0)), _row_of(k, g)
-    for block in range(first, len(parts), step):
+    e, sums, squares, g = _row_of(k, _F(0)), _row_of(k, _F(0)), _row_of(k, _F(0)), _row_of(k, g)
+    block = _take(taken)
+    while block < len(parts):
         start, stop = block * ROWS, min((block + 1) * ROWS, n)
         if refresh:
             _largest_exponents(s, a, g, base, start, stop)
-        e[:], sums[:], w = _F(0), _F(0), _F(0)
+        sums[:], squares[:] = _F(0), _F(0)
         for i in range(start, stop):
             if ahead is not None and i + 1 < n:  # or the processor would wait for each long row
                 for j in range(0, k, _LINE):
                     _prefetch(s, i + 1, j)
             off, total = base[i], _F(0)
             for j in range(k):
-                sums[j] += w * e[j]
                 x = _exp2(_F(s[i, j]) * a + (g[j] - off))
                 e[j] = x
                 total += x
-            w = _F(1)
+            over, w = _F(1) / total, _F(1)
             if weight is not None:
                 w = weight[i]
-            w /= total
-        for j in range(k):
-            parts[block, j] = sums[j] + w * e[j]
+            for j in range(k):
+                q = over * e[j]
+                sums[j] += w * q
+                squares[j] += w * q * q
+        parts[block, 0], parts[block, 1] = sums, squares
+        block = _take(taken)
 
 
 @njit(**_COMPILE)
-def labels(s, a, g, index, out, tie, first, step):  # type: ignore[no-untyped-def]
-    """Into out the first largest of a * s + g of each row; -1 less it if another is within tie.
+def labels(s, a, g, index, out, tie, taken):  # type: ignore[no-untyped-def]
+    """Into out the largest of a * s + g of each row; -1 less it if another is within tie.
 
-    ``index`` counts the columns as floats, which mix with scores in one vector register. A row's
-    label is found in the loop that reads its successor: by then its largest entry is known.
+    ``index`` counts the columns as floats, which mix with scores in one vector register.
     """
     n, k = s.shape
     z, g, index = _row_of(k, _F(0)), _row_of(k, g), _row_of(k, index)
-    for start in range(first * ROWS, n, step * ROWS):
-        stop, least = min(start + ROWS, n), _HIGH
-        for i in range(start, stop + 1):
-            row = min(i, stop - 1)
-            high, best, close = _LOW, _HIGH, _F(0)
+    start = ROWS * _take(taken)
+    while start < n:
+        for i in range(start, min(start + ROWS, n)):
+            high = _LOW
             for j in range(k):
-                near = z[j] >= least
-                best = _min(best, index[j] if near else _HIGH)
-                close += _F(1) if near else _F(0)
-                x = _F(s[row, j]) * a + g[j]
+                x = _F(s[i, j]) * a + g[j]
                 z[j] = x
                 high = _max(high, x)
-            if i > start:
-                out[i - 1] = -1 - np.int64(best) if close > _F(1) else np.int64(best)
-            least = high - tie
+            least, close, which = high - tie, _F(0), _F(0)
+            for j in range(k):
+                near = _F(1) if z[j] >= least else _F(0)
+                close += near
+                which += near * index[j]  # the largest, if it is alone
+            out[i] = np.int64(which)
+            if close > _F(1):
+                out[i] = -1 - np.argmax(z)
+        start = ROWS * _take(taken)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 class FusedReads:
@@ -222,29 +239,28 @@ class FusedReads:
 
     def __init__(self, n_heads: int):
         self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(max(1, self._threads - 1))  # idle until used
         self._offsets: list[Any] = [[] for _ in range(n_heads)]  # of each row's exponents
         self._right_at: list[Any] = [None] * n_heads  # the reg and powers they were found at
 
     def scan(self, tile: Tensor, head: int) -> tuple[float, float] | None:
         """(widest row, largest magnitude); None if not all scores are finite."""
         top = np.empty(len(tile), np.float32)
-        found = np.stack(self._in_threads(scan, tile.numpy(), top))
-        if found[:, 3].any():
+        found = self._in_threads(scan, tile.numpy(), top)
+        largest = np.int32(max(bits for _, bits in found)).view(np.float32)
+        if not np.isfinite(largest):
             return None
         self._offsets[head].append(top)
-        largest = max(-found[:, 0].min(), found[:, 1].max())
-        return float(found[:, 2].max()), float(largest)
+        return max(widest for widest, _ in found), float(largest)
 
     def column_sums(self, ask: Any, weight: Tensor | None) -> Callable[[Tensor, slice], Any]:
-        """A read: sum over a tile's rows of weight (None: 1) * softmax at the ask, (K,)."""
+        """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, (2, K)."""
         a, g = ask.powers()
         refresh = self._drifted(ask, a, g)
         ahead = True if len(g) >= _LONG else None
         offsets = self._offsets[ask.head]
 
         def read(tile: Tensor, rows: slice) -> NDArray[np.float64]:
-            parts = np.empty((-(-len(tile) // ROWS), len(g)))
+            parts = np.empty((-(-len(tile) // ROWS), 2, len(g)))
             w = None if weight is None else weight[rows].numpy()
             rest = (g, w, ahead, offsets[rows], refresh, parts)
             self._in_threads(column_sums, tile.numpy(), np.float32(a), *rest)
@@ -273,7 +289,12 @@ class FusedReads:
         return True
 
     def _in_threads(self, function: Any, *arguments: Any) -> list[Any]:
-        """function(*arguments, i, n) in n threads; each takes every n-th block of rows."""
+        """What function(*arguments, taken) returned in each thread that took part.
+
+        A thread takes a block of rows after another until none is left. This one starts at once
+        and waits for no other that has not started: one that wakes late costs next to nothing.
+        """
+        work = partial(function, *arguments, np.zeros(1, np.int64))
         n = self._threads if arguments[0].size >= _TOGETHER else 1
-        others = [self._pool.submit(partial(function, *arguments, i, n)) for i in range(1, n)]
-        return [function(*arguments, 0, n), *(other.result() for other in others)]
+        others = [_pool(n).submit(work) for _ in range(1, n)]
+        return [work(), *(other.result() for other in others if not other.cancel())]

@@ -1,7 +1,7 @@
 """The read of the score matrix on a GPU, fused by triton: imported only where it is installed.
 
 One program keeps the column sums of its rows in registers: the scores are read once, and what
-is written is one row of sums a program.
+is written is two rows of sums a program.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     column = tl.arange(0, COLUMNS)
     inside = column < k
     shift = tl.load(g + column, mask=inside, other=0.0)
-    sums = tl.zeros((COLUMNS,), tl.float32)
+    sums, squares = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
     for start in range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
         live = row < n
@@ -37,23 +37,27 @@ def _column_sums(  # type: ignore[no-untyped-def]
         w = live.to(tl.float32)
         if weight is not None:
             w *= tl.load(weight + row, mask=live, other=0.0)
-        w /= tl.sum(e, 1)
-        sums += tl.sum(e * w[:, None], 0)
-    tl.store(parts + tl.program_id(0) * k + column, sums, mask=inside)
+        q = e / tl.sum(e, 1)[:, None]
+        sums += tl.sum(w[:, None] * q, 0)
+        squares += tl.sum(w[:, None] * q * q, 0)
+    part = parts + tl.program_id(0) * 2 * k + column
+    tl.store(part, sums, mask=inside)
+    tl.store(part + k, squares, mask=inside)
 
 
 def column_sums(s: Tensor, a: float, g: Tensor, weight: Tensor | None) -> Tensor:
-    """Sum over rows of weight (None: 1) * softmax of (a * s + g) * log 2: (K,) float64.
+    """Sums over rows of weight (None: 1) times q and times q ** 2, (2, K) float64.
 
-    s is (n, K) of any float type, g (K,) and weight (n,) float32.
+    q is the softmax of (a * s + g) * log 2; s is (n, K) of any float type, g (K,) and weight
+    (n,) float32.
     """
     n, k = s.shape
     s = s if s.stride(1) == 1 else s.contiguous()
     columns = triton.next_power_of_2(k)
     rows = max(1, _TILE // columns)
     programs = min(triton.cdiv(n, rows), _PER_PROCESSOR * _processors(s.device))
-    parts = torch.empty(programs, k, device=s.device, dtype=torch.float32)
-    warps = 8 if columns >= 4096 else 4
+    parts = torch.empty(programs, 2, k, device=s.device, dtype=torch.float32)
+    warps = 4 if columns < 4096 else max(8, columns // 1024)  # or registers would not do
     sizes = (n, k, s.stride(0), a, columns, rows)
     _column_sums[(programs,)](s, g, weight, parts, *sizes, num_warps=warps)
     return parts.double().sum(0)
@@ -75,7 +79,7 @@ class FusedReads:
         """Left to torch."""
 
     def column_sums(self, ask: Any, weight: Tensor | None) -> Callable[[Tensor, slice], Tensor]:
-        """A read: sum over a tile's rows of weight (None: 1) * softmax at the ask, (K,)."""
+        """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, (2, K)."""
         a, g = ask.powers()
 
         def read(tile: Tensor, rows: slice) -> Tensor:

@@ -61,14 +61,14 @@ class Scores:
                 raise ValueError(
                     f"blocks must be (rows, {self.width}) like the first, got {tuple(block.shape)}."
                 )
-            n = len(block)
+            n = block.shape[0]
             if n == 0:
                 continue
             if 0 < self.n < start + n:  # kernels keep a place for known rows only
                 raise self._other_rows(f"{start + n} or more")
             step = max(1, _BLOCK // max(self.k, self.width))
             for part in [block] if self.heads is None else block.split(step):
-                rows = slice(start, start + len(part))
+                rows = slice(start, start + part.shape[0])
                 start = rows.stop
                 yield rows, [self._tile(part, head) for head in heads]
         if start == 0:

@@ -75,7 +75,7 @@ def sinkhorn_labels(
     The solution is ``Q[i] = r[i] * softmax((S[i] + potential) / reg)``, so the solver works
     on the potential alone, in the log domain: nothing is exponentiated that could overflow,
     and sharp problems are approached through a falling sequence of ``reg``. Sinkhorn's
-    iteration, a read of the scores each, is accelerated [4]_.
+    iteration, a read of the scores each, is scaled by the curvature and accelerated [4]_.
 
     Parameters
     ----------

@@ -17,9 +17,9 @@ from sklearn_sela._scores import Scores
 REG = 0.04
 
 
-def shares(scores, v, reg=REG, weights=None):
+def shares(scores, v, reg=REG, weights=None, power=1):
     q = softmax((np.asarray(scores, dtype=np.float64) + v) / reg, axis=1)
-    return np.average(q, axis=0, weights=weights)
+    return np.average(q**power, axis=0, weights=weights)
 
 
 def potential(k, spread=0.3, seed=0):
@@ -53,6 +53,22 @@ def test_fused_column_sums_are_those_of_the_softmax(fused, n, k, dtype, weighted
     assert isinstance(reader._fused, fused.FusedReads)
     v = potential(k)
     assert np.abs(read_shares(reader, v) - shares(scores, v, weights=weights)).sum() < 2e-6
+    squares = reader.sums([Ask(0, v, REG)])[0].squares
+    assert np.abs(squares - shares(scores, v, weights=weights, power=2)).sum() < 2e-6
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("gram", [False, True])
+def test_plain_sums_and_squares_are_those_of_the_softmax(scale, weighted, gram):
+    scores = scale * np.random.default_rng(0).normal(size=(700, 9))
+    weights = np.random.default_rng(1).uniform(0, 2, 700) if weighted else None
+    v = potential(9, scale)
+    sums = Reader(Scores(scores), weights, REG, 1e-3).sums([Ask(0, v, REG, gram)])[0]
+    assert np.allclose(sums.m, shares(scores, v, weights=weights), atol=1e-12)
+    assert np.allclose(sums.squares, shares(scores, v, weights=weights, power=2), atol=1e-12)
+    if gram:
+        assert np.allclose(sums.squares, np.diag(sums.gram), atol=1e-12)
 
 
 def test_fused_sums_stay_right_however_far_the_potential_moves(fused):
@@ -204,8 +220,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for weight in (None, torch.rand(n)):
             scale = math.log2(math.e) / 0.04
             sums = _kernels_triton.column_sums(scores, scale, scale * v, weight)
-            expected = ((1 if weight is None else weight[:, None].double()) * q).sum(0)
-            assert (sums - expected).abs().max() <= 1e-5 * expected.sum(), (dtype, n, k)
+            w = 1 if weight is None else weight[:, None].double()
+            for found, expected in zip(sums, ((w * q).sum(0), (w * q**2).sum(0)), strict=True):
+                assert (found - expected).abs().max() <= 1e-5 * (w * q).sum(), (dtype, n, k)
 wide = torch.randn(20, 64)
 assert torch.allclose(
     _kernels_triton.column_sums(wide.T, 1.0, torch.zeros(20), None),
@@ -214,8 +231,10 @@ assert torch.allclose(
 _kernels._fused_reads = lambda scores: _kernels_triton.FusedReads(scores.n_heads)
 scores = torch.randn(300, 6)
 reader = Reader(Scores(scores), None, 0.04, 1e-3)
-m = reader.sums([Ask(0, np.zeros(6), 0.04)])[0].m
-assert torch.allclose(torch.from_numpy(m), (scores.double() / 0.04).softmax(1).mean(0), atol=1e-6)
+sums = reader.sums([Ask(0, np.zeros(6), 0.04)])[0]
+q = (scores.double() / 0.04).softmax(1)
+assert torch.allclose(torch.from_numpy(sums.m), q.mean(0), atol=1e-6)
+assert torch.allclose(torch.from_numpy(sums.squares), (q**2).mean(0), atol=1e-6)
 print("agree")
 """
 
