@@ -130,6 +130,15 @@ class Reader:
         for rows, z in self.exponents(ask):
             yield rows, z.softmax(1)
 
+    def solution_of(self, ask: Ask, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, q) of the rows chosen by a mask, (n,), a chunk at a time."""
+        shift = torch.from_numpy(ask.v / ask.reg).to(self.device, self.dtype)
+        for rows, (tile,) in self._tiles([ask]):
+            for own in torch.nonzero(chosen[rows]).flatten().split(max(1, _CHUNK // self.k)):
+                if len(own):
+                    z = self._clean(tile[own]).div_(ask.reg).add_(shift)
+                    yield own + rows.start, z.softmax(1)
+
     def largest(self, asks: list[Ask]) -> list[Tensor]:
         """For each head the largest entry of each row of q; -1 less it where there are ties."""
         labels = [torch.empty(self.n, dtype=torch.int64, device=self.device) for _ in asks]

@@ -36,14 +36,10 @@ def _split_ties(reader: Reader, ask: Ask, labels: Tensor) -> None:
     Any group of like rows is so divided in proportion to its solution.
     """
     turn = 0
-    for part, q in reader.solution(ask):
-        rows = torch.nonzero(labels[part] < 0).flatten()
-        if not len(rows):
-            continue
-        q = q[rows]
+    for rows, q in reader.solution_of(ask, labels < 0):
         near = q * (q >= q.amax(1, keepdim=True) * (1 - 1e-6))
         order = torch.arange(turn, turn + len(rows), device=q.device, dtype=torch.float64)
-        labels[rows + part.start] = _draw(near, (0.5 + order * _GOLDEN) % 1.0)
+        labels[rows] = _draw(near, (0.5 + order * _GOLDEN) % 1.0)
         turn += len(rows)
 
 
