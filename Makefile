@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCHMARKS := $(addprefix bench-,augment files n_clusters recipe search sinkhorn sizes throughput)
 
 # Passive waits: torch's and scikit-learn's threads do not fight over a busy machine's cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clean bench-recipe bench-sinkhorn bench-n_clusters bench-sizes bench-search
+.PHONY: demo test lint clean bench $(BENCHMARKS)
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/plot_digits.py
@@ -20,7 +21,9 @@ lint: $(VENV)/installed
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-bench-recipe bench-sinkhorn bench-n_clusters bench-sizes bench-search: bench-%: $(VENV)/installed
+bench: bench-throughput
+
+$(BENCHMARKS): bench-%: $(VENV)/installed
 	$(BIN)/pip install -q -e .[benchmark]
 	$(BIN)/python benchmarks/$*.py
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sklearn_sela._augment import ImageAugment, Jitter, PhotoAugment, Views
 from sklearn_sela._backbones import OWN_BACKBONES, feature_width, make_backbone
 from sklearn_sela._checkpoint import checkpoints_of
-from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows
+from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, has_colour
 from sklearn_sela._device import one_thread, resolve_device, resolve_precision, seeded
 from sklearn_sela._heads import meaning, view_agreement, view_joint
 from sklearn_sela._images import Images
@@ -107,14 +107,15 @@ class SelfLabelClusterer(
         the label -1, and NaN for probabilities and features.
     augment : "auto", None or callable, default="auto"
         Random change of a batch (a scaled float32 tensor, on the device) that should not
-        change clusters. "auto" is jitter for vectors; for images rotation, scale, shear and
-        shift, mirroring if mirrored images look like the data, and brightness and contrast
-        for colour images, drawn for each sample.
+        change clusters. "auto" is jitter for vectors; rotation, scale, shear and shift for grey
+        images; random resized crops, colour jitter and greyscale for colour images; and mirroring
+        of images if mirrored ones look like the data. Drawn for each sample.
     n_neighbors : "auto" or int, default="auto"
         Nearest neighbours (in 50 principal components) that may stand in for a sample: a
-        second kind of view. "auto" is 10 for images, 20 for vectors, which have no
+        second kind of view. "auto" is 10 for grey images, 20 for vectors, which have no
         augmentation to speak of, but at most an eighth of the samples, and in the second round
-        at most half the samples per cluster; 0 turns it off.
+        at most half the samples per cluster. It is 0, which turns it off, for colour images, whose
+        nearest neighbours often show something else.
     neighbor_probability : float, default=0.7
         Chance that a view shows a neighbour.
     init : {"kmeans", "random"} or array-like of int, default="kmeans"
@@ -359,6 +360,7 @@ class SelfLabelClusterer(
         sample = X if vectors else X[draw_rows(n, n_values, n, rng)]
         pretrained = self.weights is not None and sample.dtype == np.uint8
         scaler = Scaler(sample, self.image_shape_, as_imagenet=pretrained and not vectors)
+        self._photos = self.image_shape_ is not None and has_colour(sample, self.image_shape_)
         rows = Rows(X, scaler, device)
         geometry = Geometry(rows, n_values, rng)
         warn_of_duplicates(geometry.points, recipe.candidates[0])
@@ -379,11 +381,11 @@ class SelfLabelClusterer(
         self._small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
         with seeded(seed, device) as generator, one_thread(self._small):
             backbone = self._make_backbone(n_values).to(device).float()
+            n_features = feature_width(backbone, rows[slice(0, 2)])  # lazy modules are made here
             if not vectors:
                 backbone.to(memory_format=torch.channels_last)
             if self.compile:
                 backbone.compile()
-            n_features = feature_width(backbone, rows[slice(0, 2)])
             asked = isinstance(self.augment, str) and not vectors
             self._mirrors = asked and geometry.mirrors(rng)
             views = self._make_views(rows, geometry, generator)
@@ -591,14 +593,15 @@ class SelfLabelClusterer(
         if isinstance(augment, str):
             if self.image_shape_ is None:
                 augment = Jitter(generator)
-            elif self.image_shape_[0] == 3:
+            elif self._photos:
                 augment = PhotoAugment(generator, flip=self._mirrors)
             else:
                 augment = ImageAugment(generator, flip=self._mirrors)
         if k == "auto":
-            # Vectors have no augmentation to speak of: more neighbours make up for it. The
-            # number must not depend on n_clusters: neither do the features, nor a score.
-            most = 20 if self.image_shape_ is None else 10
+            # Vectors have no augmentation to speak of: more neighbours make up for it. Near in
+            # pixels, photographs show different things (docs/images.rst). The number must not
+            # depend on n_clusters: neither do the features, nor a score.
+            most = 20 if self.image_shape_ is None else 0 if self._photos else 10
             k = min(most, max(1, len(rows) // OVER_CLUSTER_ROWS))
         neighbors = None
         if k:

@@ -24,6 +24,7 @@ _PCA_DIM = 50  # in which neighbours are searched: less noise, less time
 _SMALLEST_SIDE = 8  # pixels, of square images recognised in flat rows
 _ALIKE = 0.15  # by how much neighbouring pixels are more correlated than distant ones
 _SHUFFLES = 20  # of the features, against which a correlation must stand out
+_GREY = 0.02  # by how much the channels of grey images differ, in deviations: JPEG's rounding
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of pixels in [0, 1]
 _TOO_LARGE = "X holds values too large: their spread is not a finite number."
 
@@ -72,25 +73,24 @@ class Scaler:
             For values so large that they are not finite once scaled.
         """
         shape = (len(rows), *(self.image_shape or rows.shape[1:]))
-        if rows.dtype == np.uint8 and self.image_shape is not None:
-            x = torch.from_numpy(rows.reshape(shape)).to(device).float()
-            x = x.contiguous(memory_format=torch.channels_last)
-            return x.sub_(self._of(self.shift, x)).div_(self._of(self.scale, x))
         # In float64: a large offset (a time stamp) must not swallow what varies beside it.
-        out = np.empty(shape, dtype=np.float32)
-        step = max(1, _SCALED * len(rows) // max(out.size, 1))
+        step = max(1, _SCALED * len(rows) // max(math.prod(shape), 1))
+        if rows.dtype == np.uint8 and self.image_shape is not None:  # the same, where it is faster
+            pixels = torch.tensor(rows.reshape(shape), device=device)
+            shift, scale = (torch.as_tensor(a, device=device) for a in (self.shift, self.scale))
+            x = torch.empty(shape, device=device, memory_format=torch.channels_last)
+            for part, out in zip(pixels.split(step), x.split(step), strict=True):
+                out.copy_(part.double().sub_(shift).div_(scale))
+            return x
+        scaled = np.empty(shape, dtype=np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(rows), step):
-                part = rows[start : start + step].reshape(-1, *shape[1:])
-                out[start : start + step] = (part - self.shift) / self.scale
-        x = torch.from_numpy(out).to(device)
+                values = rows[start : start + step].reshape(-1, *shape[1:])
+                scaled[start : start + step] = (values - self.shift) / self.scale
+        x = torch.from_numpy(scaled).to(device)
         if not x.isfinite().all():
             raise ValueError(_TOO_LARGE)
         return x if self.image_shape is None else x.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def _of(numbers: np.ndarray, x: Tensor) -> Tensor:
-        return torch.as_tensor(numbers, dtype=x.dtype, device=x.device)
 
 
 class Rows:
@@ -167,6 +167,14 @@ def square_images(X: np.ndarray) -> tuple[int, int, int] | None:
     shuffled = [correlation(1, rng.permutation(d)) for _ in range(_SHUFFLES)]
     far = max(correlation(side // 2, order), float(np.mean(shuffled)))
     return (1, side, side) if near - far > max(_ALIKE, 5 * float(np.std(shuffled))) else None
+
+
+def has_colour(X: np.ndarray, image_shape: tuple[int, int, int]) -> bool:
+    """Whether images of three channels show colours, not grey stored as colour."""
+    if image_shape[0] != 3:
+        return False
+    x = X.reshape(len(X), *image_shape).astype(np.float64)
+    return bool(np.abs(np.diff(x, axis=1)).mean() > _GREY * x.std())
 
 
 class Geometry:

@@ -75,11 +75,12 @@ def view_joint(network: SelfLabelNetwork, views: ViewStream, n: int, schedule: S
         return network(x).log_softmax(2)
 
     one, two = (label_pass(network, log_p, views, n, once) for _ in range(2))
-    batches = [
-        a.exp().double().permute(1, 2, 0) @ b.exp().double().transpose(0, 1)
-        for (_, a), (_, b) in zip(one, two, strict=True)
-    ]
-    return torch.stack(batches).sum(0) / n
+    n_heads, k = network.shape
+    # In place: whatever outlives a batch may keep its memory from being used for the next.
+    joint = torch.zeros(n_heads, k, k, dtype=torch.float64, device=network.heads.weight.device)
+    for (_, a), (_, b) in zip(one, two, strict=True):
+        joint += a.exp().double().permute(1, 2, 0) @ b.exp().double().transpose(0, 1)
+    return joint / n
 
 
 def view_agreement(joint: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_sela import SelfLabelClusterer, _data
-from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, square_images
+from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, has_colour, square_images
 
 CPU = torch.device("cpu")
 
@@ -258,3 +258,16 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_and_signals_are_no_images(name):
     assert [square_images(TABLES[name](rng(seed))) for seed in range(20)] == [None] * 20
+
+
+@pytest.mark.parametrize("noise", [0, 1])
+def test_grey_images_stored_as_colour_are_told_from_photographs(noise):
+    rng = np.random.default_rng(0)
+    grey = np.repeat(rng.integers(0, 200, (50, 1, 8, 8)), 3, axis=1)
+    grey = (grey + rng.integers(0, noise + 1, grey.shape)).astype(np.uint8)  # JPEG's rounding
+    colour = rng.integers(0, 200, (50, 3, 8, 8), dtype=np.uint8)
+    assert not has_colour(grey, (3, 8, 8))
+    assert has_colour(colour, (3, 8, 8))
+    assert has_colour(colour.reshape(50, -1), (3, 8, 8))
+    assert not has_colour(colour[:, :1], (1, 8, 8))
+    assert not has_colour(np.full((5, 3, 8, 8), 7.0), (3, 8, 8))
