@@ -117,10 +117,15 @@ class SelfLabels:
     ):
         self.labels, self.weights = labels, weights
         self.reg, self.reg_m, self.soft, self.momentum = reg, reg_m, soft, momentum
-        self.scores = torch.zeros(*labels.shape, weights.shape[1], device=labels.device)
+        self._make_room()
         self.n_solves = 0
         self.potential: Tensor | None = None
         self.n_iter, self.marginal_error, self.changed = 0, 0.0, 0.0
+
+    def _make_room(self) -> None:
+        """For what is seen of the rows."""
+        shape = *self.labels.shape, self.weights.shape[1]
+        self.scores = torch.zeros(shape, device=self.labels.device)
 
     def look(self, network: SelfLabelNetwork, x: Tensor) -> Tensor:
         """log p(y | x_i) of a batch, (n_rows, n_heads, n_clusters): what ``see`` takes."""
@@ -214,10 +219,13 @@ class FeatureLabels(SelfLabels):
         soft: bool,
         n_features: int,
     ):
-        super().__init__(labels, weights[:, :0], reg, reg_m, soft, 0.0)
-        self.weights = weights
-        self.features = torch.zeros(labels.shape[1], n_features, device=labels.device)
+        self.n_features = n_features
+        super().__init__(labels, weights, reg, reg_m, soft, 0.0)
         self.head: list[Tensor] = []
+
+    def _make_room(self) -> None:
+        shape = self.labels.shape[1], self.n_features
+        self.features = torch.zeros(shape, device=self.labels.device)
 
     def look(self, network: SelfLabelNetwork, x: Tensor) -> Tensor:
         """Features of a batch, (n_rows, n_features)."""

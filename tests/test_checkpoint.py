@@ -60,7 +60,7 @@ class StopAt:
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sklearn_sela", "sklearn.datasets"])
-EPOCHS = 8
+EPOCHS = 6
 
 
 def fit_digits(folder, started=None):

@@ -15,7 +15,7 @@ from torch import nn
 
 from sklearn_sela._heads import sizes_are_equal, target_sizes
 from sklearn_sela._network import SelfLabelNetwork
-from sklearn_sela._training import Schedule, SelfLabels, label_pass, self_label
+from sklearn_sela._training import FeatureLabels, Schedule, SelfLabels, label_pass, self_label
 
 SCHEDULE = Schedule(
     epochs=6,
@@ -484,3 +484,33 @@ def test_a_weak_pull_cannot_let_a_cluster_die():
     labels.solve(None)
     for row in labels.labels:
         assert (row.bincount(minlength=2) >= 0.5 * N * toy.weights[0]).all()
+
+
+@pytest.mark.parametrize("n_views", [1, 3])
+@pytest.mark.parametrize("soft", [True, False])
+def test_labels_kept_as_features_are_those_kept_as_scores(n_views, soft):
+    schedule = replace(SCHEDULE, n_views=n_views)
+    runs = []
+    for as_features in (False, True):
+        toy = Toy()
+        labels = toy.labels(soft=soft, momentum=0.0)
+        if as_features:
+            labels = FeatureLabels(toy.start, toy.weights, 0.2, math.inf, soft, n_features=2)
+            assert not hasattr(labels, "scores")
+        assert toy.run(labels, schedule)
+        rows = torch.arange(N)
+        runs.append((labels.labels, labels.targets(rows), [r["loss"] for r in toy.records]))
+    (one, p, losses), (two, q, others) = runs
+    assert torch.equal(one, two)
+    torch.testing.assert_close(p, q, atol=1e-3, rtol=0)
+    assert losses == pytest.approx(others, abs=1e-3)
+
+
+def test_labels_kept_as_features_go_on_from_their_state():
+    toy = Toy()
+    labels = FeatureLabels(toy.start, toy.weights, 0.2, math.inf, True, n_features=2)
+    toy.run(labels)
+    again = FeatureLabels(toy.start, toy.weights, 0.2, math.inf, True, n_features=2)
+    again.load_state_dict(copy.deepcopy(labels.state_dict()))
+    assert torch.equal(again.labels, labels.labels)
+    assert torch.equal(again.targets(torch.arange(N)), labels.targets(torch.arange(N)))
