@@ -259,7 +259,7 @@ def test_memory_does_not_grow_with_the_number_of_files():
     command = [sys.executable, str(BENCHMARK), "1000", "5000"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     few, many = (float(line.split()[1]) for line in done.stdout.splitlines()[1:])
-    assert many - few < 200  # MB, as for 100,000; what grows with the images would be far more
+    assert many - few < 200  # MB; for 100,000 see docs/images.rst
 
 
 def test_cache_of_first_rounds_is_left_alone_with_a_warning(tmp_path):
