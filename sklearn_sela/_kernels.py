@@ -132,12 +132,10 @@ class Reader:
 
     def solution_of(self, ask: Ask, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, q) of the rows chosen by a mask, (n,), a chunk at a time."""
-        shift = torch.from_numpy(ask.v / ask.reg).to(self.device, self.dtype)
         for rows, (tile,) in self._tiles([ask]):
             for own in torch.nonzero(chosen[rows]).flatten().split(max(1, _CHUNK // self.k)):
                 if len(own):
-                    z = self._clean(tile[own]).div_(ask.reg).add_(shift)
-                    yield own + rows.start, z.softmax(1)
+                    yield own + rows.start, self._shifted(self._clean(tile[own]), ask).softmax(1)
 
     def largest(self, asks: list[Ask]) -> list[Tensor]:
         """For each head the largest entry of each row of q; -1 less it where there are ties."""
@@ -177,14 +175,18 @@ class Reader:
 
     def _exponents(self, tile: Tensor, rows: slice, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
         """(rows, (s + v) / reg), whose softmax is the solution, a chunk at a time."""
-        shift = torch.from_numpy(ask.v / ask.reg).to(self.device, self.dtype)
         step = max(1, _CHUNK // self.k)
         for start in range(0, len(tile), step):
             part = slice(rows.start + start, min(rows.start + start + step, rows.stop))
             if self._kept is not None:
-                yield part, self._kept[part] / ask.reg + shift
+                yield part, self._shifted(self._kept[part].clone(), ask)
             else:
-                yield part, self._clean(tile[start : start + step]).div_(ask.reg).add_(shift)
+                yield part, self._shifted(self._clean(tile[start : start + step]), ask)
+
+    def _shifted(self, clean: Tensor, ask: Ask) -> Tensor:
+        """(s + v) / reg, in place of clean scores s."""
+        shift = torch.from_numpy(ask.v / ask.reg).to(self.device, self.dtype)
+        return clean.div_(ask.reg).add_(shift)
 
 
 def _as_sums(ask: Ask, sums: Any, value: float = 0.0, gram: Tensor | None = None) -> Sums:

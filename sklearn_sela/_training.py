@@ -210,17 +210,9 @@ class FeatureLabels(SelfLabels):
         *SelfLabels._CHANGES[2:],
     )
 
-    def __init__(
-        self,
-        labels: Tensor,
-        weights: Tensor,
-        reg: float,
-        reg_m: float,
-        soft: bool,
-        n_features: int,
-    ):
+    def __init__(self, *fixed: Any, n_features: int):
         self.n_features = n_features
-        super().__init__(labels, weights, reg, reg_m, soft, 0.0)
+        super().__init__(*fixed, 0.0)
         self.head: list[Tensor] = []
 
     def _make_room(self) -> None:
