@@ -113,7 +113,7 @@ class SelfLabels:
         reg: float,
         reg_m: float,
         soft: bool,
-        momentum: float,
+        momentum: float = 0.0,
     ):
         self.labels, self.weights = labels, weights
         self.reg, self.reg_m, self.soft, self.momentum = reg, reg_m, soft, momentum
@@ -212,7 +212,7 @@ class FeatureLabels(SelfLabels):
 
     def __init__(self, *fixed: Any, n_features: int):
         self.n_features = n_features
-        super().__init__(*fixed, 0.0)
+        super().__init__(*fixed)
         self.head: list[Tensor] = []
 
     def _make_room(self) -> None:
