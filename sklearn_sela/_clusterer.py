@@ -196,6 +196,8 @@ class SelfLabelClusterer(
         The transport's own last assignments, a row per head.
     best_head_ : int
         The head that predicts.
+    cluster_sizes_ : ndarray of shape (n_clusters_,)
+        Share of the samples that each of its clusters was asked to get.
     network_ : torch.nn.Module
         The trained network: ``backbone`` and ``heads``.
     n_iter_ : int
@@ -203,9 +205,9 @@ class SelfLabelClusterer(
     loss_ : float
         Cross-entropy of the last epoch, in nats, mean over heads.
     history_ : pandas.DataFrame
-        A row per epoch: epoch, stage ("features" or "clusters"), loss, seconds,
-        solver_iterations, marginal_error, changed (share of samples whose label changed),
-        smallest and largest (cluster, in samples).
+        A row per epoch: epoch, stage ("features" or "clusters"), n_clusters (of the round), loss
+        (ln n_clusters if nothing were learned), seconds, solver_iterations, marginal_error,
+        changed (share of samples whose label changed), smallest and largest (cluster, in samples).
     image_shape_ : tuple of int or None
         (channels, height, width) of images; None for vectors.
     n_features_in_ : int
@@ -411,6 +413,7 @@ class SelfLabelClusterer(
         self.skipped_ = skipped
         self.network_ = fitted.network.eval()
         self.best_head_ = fitted.best_head
+        self.cluster_sizes_ = fitted.cluster_sizes[self.best_head_]
         self.n_clusters_ = self.network_.shape[1]
         self.n_clusters_scores_ = fitted.comparison
         self.history_ = pd.DataFrame(history)

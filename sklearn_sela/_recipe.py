@@ -54,6 +54,7 @@ class Fitted:
     network: SelfLabelNetwork
     best_head: int
     self_labels: np.ndarray  # (n_heads, n_samples)
+    cluster_sizes: np.ndarray  # (n_heads, n_clusters) shares asked for
     comparison: pd.DataFrame | None  # of the candidates, where there are several
     marginal_error: float
     complete: bool
@@ -136,6 +137,7 @@ class Rounds:
             network,
             best_head,
             state.labels.cpu().numpy(),
+            weights,
             comparison,
             state.marginal_error,
             complete and done,
@@ -211,6 +213,6 @@ class Rounds:
         checkpoint = self.checkpoints.of(stage) if self.checkpoints else None
 
         def staged(row: dict) -> None:
-            record({"stage": stage, **row})
+            record({"stage": stage, "n_clusters": network.shape[1], **row})
 
         return self_label(network, views, labels, schedule, self.generator, staged, checkpoint)

@@ -204,6 +204,7 @@ def test_history_has_one_row_an_epoch(images):
     assert set(history) == {
         "stage",
         "epoch",
+        "n_clusters",
         "loss",
         "seconds",
         "solver_iterations",
@@ -214,11 +215,19 @@ def test_history_has_one_row_an_epoch(images):
     }
     assert history["epoch"].tolist() == [0, 1, 2, 3]
     assert history["stage"].tolist() == ["features"] * 2 + ["clusters"] * 2
+    assert (history["n_clusters"][2:] == images.n_clusters_).all()
+    assert (history["n_clusters"][:2] > images.n_clusters_).all()
 
 
 def test_history_without_over_clustering_has_one_stage():
     history = clusterer(over_clusters=None).fit(BLOBS).history_
     assert history["stage"].tolist() == ["clusters"] * 4
+
+
+def test_cluster_sizes_are_the_shares_asked_for():
+    asked = [0.4, 0.3, 0.2, 0.1]
+    fitted = clusterer(cluster_sizes=asked).fit(BLOBS)
+    np.testing.assert_allclose(fitted.cluster_sizes_, asked)
 
 
 def test_n_iter_and_loss_are_those_of_the_history(images):
