@@ -178,7 +178,7 @@ def compare(X: np.ndarray, seed: int) -> dict[str, int]:
     points = PCA(min(50, *flat.shape), random_state=0).fit_transform(flat)
     kept: list[Candidate] = []
 
-    def keep(candidates: Iterable[Candidate], record: Callable, seed: int) -> NoReturn:
+    def keep(candidates: Iterable[Candidate], stage: object, seed: int) -> NoReturn:
         kept.extend(candidates)
         raise Compared
 

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from sklearn_sela import SelfLabelClusterer
-from sklearn_sela._augment import PhotoAugment, Views
+from sklearn_sela._augment import PhotoAugment
 from sklearn_sela._backbones import feature_width, make_backbone
 from sklearn_sela._data import Rows, Scaler
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._training import Schedule, SelfLabels, self_label
+from sklearn_sela._views import Views
 
 HEADS, CLUSTERS, BATCH, RATE, DECAY = 3, 50, 128, 0.05, 5e-4
 SCHEDULE = Schedule(
@@ -53,9 +54,8 @@ def ours(X: np.ndarray, backbone: str) -> tuple[float, float]:
     start = torch.randint(CLUSTERS, (HEADS, len(X)))
     weights = torch.full((HEADS, CLUSTERS), 1 / CLUSTERS, dtype=torch.float64)
     labels = SelfLabels(start, weights, 0.2, np.inf, True, 0.5)
-    records: list[dict] = []
-    self_label(network, views, labels, SCHEDULE, generator, records.append)
-    return records[0]["seconds"], records[1]["seconds"]
+    first, second = self_label(network, views, labels, SCHEDULE, generator)
+    return first[0]["seconds"], second[0]["seconds"]
 
 
 def bare(X: np.ndarray, backbone: str) -> float:

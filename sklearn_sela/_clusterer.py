@@ -17,30 +17,24 @@ from sklearn.base import (
     ClusterMixin,
     TransformerMixin,
 )
+from sklearn.callback import CallbackSupportMixin, with_callbacks
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor, nn
+from torch import nn
 
-from sklearn_sela._augment import ImageAugment, Jitter, PhotoAugment, Views
 from sklearn_sela._backbones import OWN_BACKBONES, feature_width, make_backbone
 from sklearn_sela._checkpoint import checkpoints_of
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, has_colour
 from sklearn_sela._device import one_thread, resolve_device, resolve_precision, seeded
-from sklearn_sela._heads import meaning, view_agreement, view_joint
 from sklearn_sela._images import Images
 from sklearn_sela._inputs import rows_of
+from sklearn_sela._journal import Journal
 from sklearn_sela._memory import remember_by
-from sklearn_sela._network import inference, rows_at_once
-from sklearn_sela._recipe import OVER_CLUSTER_ROWS, Recipe, Rounds
-from sklearn_sela._selection import (
-    SAMPLED_ROWS,
-    SCORED_ROWS,
-    combined_score,
-    head_agreement,
-    silhouettes,
-    unit_distances,
-)
-from sklearn_sela._training import Schedule
+from sklearn_sela._model import Model
+from sklearn_sela._network import rows_at_once
+from sklearn_sela._recipe import Fitted, Recipe, Rounds
+from sklearn_sela._selection import combined_score
+from sklearn_sela._training import Ended, Schedule
 from sklearn_sela._validation import (
     MOST_CLUSTERS,
     candidates,
@@ -48,14 +42,18 @@ from sklearn_sela._validation import (
     cluster_sizes,
     starts,
 )
+from sklearn_sela._views import ViewSettings
 from sklearn_sela._warnings import warn_of_duplicates, warn_of_skipped, warn_of_trouble
-from sklearn_sela.metrics import information_score
 
 _SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
 
 
 class SelfLabelClusterer(
-    ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, BaseEstimator
+    CallbackSupportMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    ClusterMixin,
+    TransformerMixin,
+    BaseEstimator,
 ):
     """Deep clustering by self-labelling (SeLa), as a scikit-learn clusterer and transformer.
 
@@ -144,6 +142,11 @@ class SelfLabelClusterer(
         values are lambda = 25 (ImageNet) and 10 (CIFAR).
     max_epochs : int, default=50
         Passes over the data, half of them in each round.
+    n_iter_no_change : int, default=None
+        A round ends once the loss has not fallen by more than ``tol`` in this many epochs. None
+        runs all of them: much is gained at the end, while the "one_cycle" learning rate falls.
+    tol : float, default=1e-3
+        In nats: see ``n_iter_no_change``.
     batch_size : int, default=128
         Samples of one gradient step; less for small data, never under an eighth of them.
     learning_rate : float, default=0.1
@@ -261,6 +264,8 @@ class SelfLabelClusterer(
         cluster_sizes: Any = "learned",
         reg: float = 0.2,
         max_epochs: int = 50,
+        n_iter_no_change: int | None = None,
+        tol: float = 1e-3,
         batch_size: int = 128,
         learning_rate: float = 0.1,
         lr_schedule: str = "one_cycle",
@@ -292,6 +297,8 @@ class SelfLabelClusterer(
         self.cluster_sizes = cluster_sizes
         self.reg = reg
         self.max_epochs = max_epochs
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.lr_schedule = lr_schedule
@@ -304,6 +311,7 @@ class SelfLabelClusterer(
         self.checkpoint_dir = checkpoint_dir
         self.verbose = verbose
 
+    @with_callbacks
     def fit(self, X: Any, y: Any = None) -> SelfLabelClusterer:
         """Learn features and clusters of X.
 
@@ -314,7 +322,8 @@ class SelfLabelClusterer(
             (n_samples, channels, height, width) images. Integers or floats. Or image files: a
             sequence of paths, or a folder, which stands for ``image_paths(folder)``. Or a
             map-style torch Dataset of images or vectors, or of tuples that begin with one.
-        y : Ignored
+        y : array-like, default=None
+            Not learned from: only shown to callbacks, whose scorers may compare clusters with it.
 
         Returns
         -------
@@ -335,15 +344,25 @@ class SelfLabelClusterer(
         """
         check_parameters(self)
         device = resolve_device(self.device)
+        several = isinstance(self.n_clusters, str) or np.size(self.n_clusters) > 1
+        context = self._init_callback_context(max_subtasks=1 + bool(self.over_clusters) + several)
+        journal = Journal(self, context, X, y)
         before = self.__dict__.copy()
         try:
-            return self._fit(X, device)
+            journal.begin(context)
+            self._fit(X, device, journal)
+            journal.end(context, lambda: self.__dict__)
         except BaseException:  # also Ctrl-C: an estimator that was fitted stays as it was
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
+        return self
 
-    def _fit(self, X: Any, device: torch.device) -> SelfLabelClusterer:
+    def fit_predict(self, X: Any, y: Any = None, **params: Any) -> NDArray[np.int64]:
+        """Fit, and return ``labels_``; X and y as in ``fit``."""
+        return self.fit(X, y, **params).labels_
+
+    def _fit(self, X: Any, device: torch.device, journal: Journal) -> None:
         X = rows_of(self, X, reset=True)
         n_given, good = len(X), np.arange(len(X))
         skipped: list[str] = []
@@ -358,77 +377,77 @@ class SelfLabelClusterer(
         checkpoints = checkpoints_of(self, X, seed, device)
         seed = checkpoints.seed if checkpoints else seed
         rng = np.random.default_rng(seed)
-        vectors = self.image_shape_ is None
-        sample = X if vectors else X[draw_rows(n, n_values, n, rng)]
+        images = self.image_shape_ is not None
+        sample = X[draw_rows(n, n_values, n, rng)] if images else X
         pretrained = self.weights is not None and sample.dtype == np.uint8
-        scaler = Scaler(sample, self.image_shape_, as_imagenet=pretrained and not vectors)
-        self._photos = self.image_shape_ is not None and has_colour(sample, self.image_shape_)
+        scaler = Scaler(sample, self.image_shape_, as_imagenet=pretrained and images)
         rows = Rows(X, scaler, device)
         geometry = Geometry(rows, n_values, rng)
         warn_of_duplicates(geometry.points, recipe.candidates[0])
-        history: list[dict] = []
-
-        def record(row: dict) -> None:
-            if row["stage"] != "n_clusters":
-                row = {"epoch": len(history), **row}
-                history.append(row)
-            if self.verbose:
-                print(_progress(row, self.max_epochs), flush=True)
-
-        # What a score needs of fit, whatever parameters are set later.
-        self._view_parameters = self.augment, self.n_neighbors, self.neighbor_probability
-        self._schedule = recipe.schedule
         # Steps so short that more than one CPU thread would slow them down.
         ours = isinstance(self.backbone, str) and self.backbone in ("auto", *OWN_BACKBONES)
-        self._small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
-        with seeded(seed, device) as generator, one_thread(self._small):
+        small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
+        with seeded(seed, device) as generator, one_thread(small):
+            journal.generator = generator
             backbone = self._make_backbone(n_values).to(device).float()
             n_features = feature_width(backbone, rows[slice(0, 2)])  # lazy modules are made here
-            if not vectors:
+            if images:
                 backbone.to(memory_format=torch.channels_last)
             if self.compile:
                 backbone.compile()
-            asked = isinstance(self.augment, str) and not vectors
-            self._mirrors = asked and geometry.mirrors(rng)
-            views = self._make_views(rows, geometry, generator)
-            remember = remember_by(self, X, seed, device, recipe)
+            settings = ViewSettings(
+                self.augment,
+                self.n_neighbors,
+                self.neighbor_probability,
+                images,
+                images and has_colour(sample, self.image_shape_),
+                images and isinstance(self.augment, str) and geometry.mirrors(rng),
+            )
+
+            def attributes(fitted: Fitted) -> dict[str, Any]:
+                """Of the estimator, from what the rounds have made."""
+                network, best = fitted.network.eval(), fitted.best_head
+                network.backbone._compiled_call_impl = None  # predictions, and pickles, do without
+                model = Model(
+                    network, best, scaler, n_values, n_features, settings, recipe.schedule, small
+                )
+                labels = model.head_labels(X)
+                model.understand_heads(labels)
+                own, self_labels = np.full(n_given, -1), np.full((recipe.n_heads, n_given), -1)
+                own[good], self_labels[:, good] = labels[:, best], fitted.self_labels
+                return {
+                    "network_": network,
+                    "best_head_": best,
+                    "labels_": own,
+                    "self_labels_": self_labels,
+                    "skipped_": skipped,
+                    "cluster_sizes_": fitted.cluster_sizes[best],
+                    "n_clusters_": network.shape[1],
+                    "n_clusters_scores_": fitted.comparison,
+                    "history_": pd.DataFrame(journal.history),
+                    "n_iter_": len(journal.history),
+                    "loss_": float(journal.history[-1]["loss"]),
+                    "_n_features_out": n_features,
+                    "_model": model,
+                }
+
             fitted = Rounds(
                 backbone,
                 n_features,
                 geometry,
-                views,
+                settings.views(rows, geometry, generator),
                 recipe,
                 generator,
                 seed,
-                record,
-                remember,
+                journal,
+                attributes,
+                remember_by(self, X, seed, device, recipe),
                 checkpoints,
             ).fit()
-            fitted.network.backbone._compiled_call_impl = (
-                None  # predictions, and pickles, do without
-            )
-        if not history:
+        if not journal.history:
             raise KeyboardInterrupt
-        self._scaler = scaler
-        self.skipped_ = skipped
-        self.network_ = fitted.network.eval()
-        self.best_head_ = fitted.best_head
-        self.cluster_sizes_ = fitted.cluster_sizes[self.best_head_]
-        self.n_clusters_ = self.network_.shape[1]
-        self.n_clusters_scores_ = fitted.comparison
-        self.history_ = pd.DataFrame(history)
-        self.n_iter_ = len(history)
-        self.loss_ = float(history[-1]["loss"])
-        self._n_features_out = n_features
-        labels = self._head_labels(X)
-        own = labels[:, self.best_head_]
-        self._meanings = [meaning(row, own, self.n_clusters_) for row in labels.T]
-        self.labels_ = np.full(n_given, -1)
-        self.labels_[good] = own
-        self.self_labels_ = np.full((recipe.n_heads, n_given), -1)
-        self.self_labels_[:, good] = fitted.self_labels
-        warn_of_trouble(self, fitted.complete, fitted.marginal_error)
-        return self
+        self.__dict__.update(attributes(fitted))
+        warn_of_trouble(self, fitted.ended == Ended.INTERRUPTED, fitted.marginal_error)
 
     def predict(self, X: Any) -> NDArray[np.int64]:
         """Cluster of each sample.
@@ -438,19 +457,15 @@ class SelfLabelClusterer(
         ndarray of shape (n_samples,), int64
             Independent of the company and order of the samples, like all below.
         """
-        p = self.predict_proba(X)
-        return np.where(np.isnan(p[:, 0]), -1, p.argmax(1))
+        return self._apply(Model.labels, X)
 
     def predict_proba(self, X: Any) -> NDArray[np.float32]:
         """Probability of each cluster, ndarray of shape (n_samples, n_clusters), float32."""
-        check_is_fitted(self)
-        return self._predict_proba(rows_of(self, X, reset=False))
+        return self._apply(Model.probabilities, X)
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Learned features: the backbone's output, (n_samples, n_features_out), float32."""
-        check_is_fitted(self)
-        X = rows_of(self, X, reset=False)
-        return self._infer(X, self.network_.embed, self._n_features_out)
+        return self._apply(Model.features, X)
 
     def confidence(self, X: Any) -> NDArray[np.float32]:
         """How far to trust the label of each sample, ndarray (n_samples,), float32, 0 to 1.
@@ -460,26 +475,7 @@ class SelfLabelClusterer(
         Low where the sample lies between clusters, and where heads that started from
         different clusterings draw the line differently; not, as a rule, far from all data.
         """
-        check_is_fitted(self)
-        X = rows_of(self, X, reset=False)
-        device = next(self.network_.parameters()).device
-        meanings = [
-            torch.sparse_coo_tensor(
-                torch.from_numpy(np.stack([m.col, m.row])),
-                torch.from_numpy(m.data),
-                m.shape,
-                check_invariants=False,
-            ).to(device)
-            for m in self._meanings
-        ]
-
-        def confidence(x: Tensor) -> Tensor:
-            p = self.network_(x).softmax(2)
-            label = p[:, self.best_head_].argmax(1, keepdim=True)
-            heads = [(m @ p[:, t].T).T.gather(1, label) for t, m in enumerate(meanings)]
-            return torch.cat(heads, 1).mean(1, keepdim=True)
-
-        return self._infer(X, confidence, 1)[:, 0].clip(0, 1)
+        return self._apply(Model.confidence, X)
 
     def score(self, X: Any, y: Any = None) -> float:
         """How good the clusters of X are, without classes; higher is better, at most 1.
@@ -509,76 +505,16 @@ class SelfLabelClusterer(
             the same?
             information : :func:`sklearn_sela.metrics.information_score`.
         """
+        return self._apply(Model.criteria, X)
+
+    def _apply(self, use: Callable[[Model, Any], Any], X: Any) -> Any:
+        """What a use of the model makes of X."""
         check_is_fitted(self)
-        X = rows_of(self, X, reset=False)
-        rng = np.random.default_rng(0)  # of the score, which draws the same each time
-        if len(X) > SAMPLED_ROWS:
-            sample = np.sort(rng.permutation(len(X))[:SAMPLED_ROWS])
-            X = X.take(sample) if isinstance(X, Images) else X[sample]
-        if isinstance(X, Images):
-            X = X.take(X.check())
-        n, (n_heads, k) = len(X), self.network_.shape
-
-        out = self._infer(X, self.network_.describe, self._n_features_out + n_heads * k)
-        features, p = np.split(out, [self._n_features_out], axis=1)
-        p = p.reshape(n, n_heads, k)
-        labels = p.argmax(2)
-        scored = np.sort(rng.permutation(n)[:SCORED_ROWS])
-        own = labels[:, self.best_head_]
-        return {
-            "silhouette": float(silhouettes(unit_distances(features[scored]), own[scored]).mean()),
-            "view_agreement": self._view_agreement(X, rng),
-            "head_agreement": head_agreement(labels[scored].T, self.best_head_),
-            "information": information_score(p[:, self.best_head_]),
-        }
-
-    def _view_agreement(self, X: np.ndarray | Images, rng: np.random.Generator) -> float:
-        if len(X) < 2:  # no neighbour to be seen as
-            return 0.0
-        device = next(self.network_.parameters()).device
-        with seeded(0, device) as generator, one_thread(self._small):
-            rows = Rows(X, self._scaler, device)
-            geometry = Geometry(rows, self.n_features_in_, rng)
-            views = self._make_views(rows, geometry, generator)
-            try:
-                joint = view_joint(self.network_, views, len(X), self._schedule)
-            except FloatingPointError as error:
-                raise ValueError("X holds values too large, far outside those of fit.") from error
-        return float(view_agreement(joint)[self.best_head_])
-
-    def _predict_proba(self, X: np.ndarray | Images) -> NDArray[np.float32]:
-        def probabilities(x: Tensor) -> Tensor:
-            return self.network_(x)[:, self.best_head_].softmax(1)
-
-        return self._infer(X, probabilities, self.n_clusters_)
-
-    def _head_labels(self, X: np.ndarray | Images) -> NDArray[np.int64]:
-        """(n_samples, n_heads) cluster of each sample by each head."""
-
-        def labels(x: Tensor) -> Tensor:
-            return self.network_(x).softmax(2).argmax(2)
-
-        return self._infer(X, labels, self.network_.shape[0], np.int64)
-
-    def _infer(
-        self,
-        X: np.ndarray | Images,
-        function: Callable[[Tensor], Tensor],
-        width: int,
-        dtype: Any = np.float32,
-    ) -> NDArray[Any]:
-        out = np.empty((len(X), width), dtype=dtype)
-        device = next(self.network_.parameters()).device
-
-        def batch(rows: slice) -> Tensor:
-            return self._scaler(X[rows], device)
-
-        for rows, values in inference(self.network_, function, batch, len(X), self.n_features_in_):
-            out[rows] = values.cpu().numpy()
-        if isinstance(X, Images) and X.bad:
-            out[list(X.bad)] = np.nan
-            warn_of_skipped([X.name(i) for i in sorted(X.bad)], len(X))
-        return out
+        rows = rows_of(self, X, reset=False)
+        made = use(self._model, rows)
+        if isinstance(rows, Images) and rows.bad:
+            warn_of_skipped([rows.name(i) for i in sorted(rows.bad)], len(rows))
+        return made
 
     def _make_backbone(self, n_values: int) -> nn.Module:
         kind = self.backbone
@@ -590,26 +526,6 @@ class SelfLabelClusterer(
         if not isinstance(made, nn.Module):
             raise TypeError(f"backbone returned {type(made).__name__}, not a torch module.")
         return made
-
-    def _make_views(self, rows: Rows, geometry: Geometry, generator: torch.Generator) -> Views:
-        augment, k, probability = self._view_parameters
-        if isinstance(augment, str):
-            if self.image_shape_ is None:
-                augment = Jitter(generator)
-            elif self._photos:
-                augment = PhotoAugment(generator, flip=self._mirrors)
-            else:
-                augment = ImageAugment(generator, flip=self._mirrors)
-        if k == "auto":
-            # Vectors have no augmentation to speak of: more neighbours make up for it. Near in
-            # pixels, photographs show different things (docs/images.rst). The number must not
-            # depend on n_clusters: neither do the features, nor a score.
-            most = 20 if self.image_shape_ is None else 0 if self._photos else 10
-            k = min(most, max(1, len(rows) // OVER_CLUSTER_ROWS))
-        neighbors = None
-        if k:
-            neighbors = torch.from_numpy(geometry.neighbors(int(k))).to(generator.device)
-        return Views(rows, augment, neighbors, probability, generator)
 
     def _recipe(self, n_given: int, good: np.ndarray, device: torch.device) -> Recipe:
         n = len(good)
@@ -639,6 +555,8 @@ class SelfLabelClusterer(
                 lr_schedule=self.lr_schedule,
                 n_views=self.n_views,
                 n_solves=self.n_solves,
+                n_iter_no_change=self.n_iter_no_change,
+                tol=self.tol,
                 precision=resolve_precision(self.precision, device),
             ),
         )
@@ -648,13 +566,3 @@ class SelfLabelClusterer(
         tags.input_tags.three_d_array = True
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
-
-
-def _progress(row: dict, max_epochs: int) -> str:
-    if row["stage"] == "n_clusters":
-        return f"n_clusters {row['n_clusters']:>3}  score {row['score']:.3f}"
-    return (
-        f"epoch {row['epoch'] + 1:>3}/{max_epochs} {row['stage']:<8}  loss {row['loss']:.3f}  "
-        f"changed {row['changed']:.1%}  sizes {row['smallest']}-{row['largest']}  "
-        f"{row['seconds']:.2f} s"
-    )

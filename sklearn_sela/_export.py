@@ -113,7 +113,7 @@ def torchvision_transform(clusterer: Any) -> nn.Module:
     check_is_fitted(clusterer)
     if clusterer.image_shape_ is None:
         raise ValueError("clusterer was fitted to vectors: there is no image to transform.")
-    scaler, shape = clusterer._scaler, clusterer.image_shape_
+    scaler, shape = clusterer._model.scaler, clusterer.image_shape_
     colour = isinstance(clusterer.network_.backbone, TorchvisionBackbone)
     return _Transform(scaler.shift, scaler.scale, shape, 3 if colour else shape[0])
 

@@ -11,9 +11,9 @@ from scipy import sparse
 from scipy.stats import ncx2
 from torch import Tensor
 
-from sklearn_sela._augment import ViewStream
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._training import Schedule, label_pass
+from sklearn_sela._views import ViewStream
 
 _SIZE_PULL = 1.0  # reg_m for learned cluster sizes: nats a row, see docs/recipe.rst
 _EQUAL = 0.15  # relative deviation (root mean square) below which sizes pass as equal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from sklearn_sela._checkpoint import text_of
 from sklearn_sela._images import Images
 from sklearn_sela._recipe import Recipe, Round
 from sklearn_sela._torchvision import read_weights
+from sklearn_sela._warnings import warn_caller
 
 # Parameters that do not change the first round; the seed and the device are looked at as such.
 _LATER = (
@@ -32,19 +32,17 @@ def remember_by(
     if estimator.memory is None:
         return lambda learn: learn()
     if not isinstance(estimator.backbone, str) or not isinstance(estimator.augment, str | None):
-        warnings.warn(
+        warn_caller(
             "memory is not used: whether a backbone or an augment of your own is still the "
             "same cannot be told, so the first round is learned each time.",
             UserWarning,
-            stacklevel=4,
         )
         return lambda learn: learn()
     if isinstance(X, Images):
-        warnings.warn(
+        warn_caller(
             "memory is not used: whether files or a Dataset still hold the same cannot be told, so "
             "the first round is learned each time.",
             UserWarning,
-            stacklevel=4,
         )
         return lambda learn: learn()
     decides = {k: v for k, v in estimator.get_params(deep=False).items() if k not in _LATER}

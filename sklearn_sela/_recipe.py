@@ -9,24 +9,33 @@ between views is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from sklearn_sela._augment import Views
 from sklearn_sela._checkpoint import Checkpoints
 from sklearn_sela._data import Geometry
 from sklearn_sela._device import reseed
 from sklearn_sela._features import LearnedFeatures, starting_labels
 from sklearn_sela._heads import choose_head, start_at_centroids, target_sizes, view_joint
+from sklearn_sela._journal import Attributes, Journal, Stage
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._selection import compare_n_clusters, train_candidates
-from sklearn_sela._training import FeatureLabels, Schedule, SelfLabels, self_label
+from sklearn_sela._training import (
+    Ended,
+    FeatureLabels,
+    Schedule,
+    SelfLabels,
+    self_label,
+    stalled,
+)
+from sklearn_sela._views import Views
 
 T = TypeVar("T")
 OVER_CLUSTER_ROWS = 8  # fewest rows per cluster of the first round
@@ -51,28 +60,33 @@ class Recipe:
 
 @dataclass
 class Fitted:
+    """What a fit leaves, and how it ended."""
+
     network: SelfLabelNetwork
     best_head: int
     self_labels: np.ndarray  # (n_heads, n_samples)
     cluster_sizes: np.ndarray  # (n_heads, n_clusters) shares asked for
     comparison: pd.DataFrame | None  # of the candidates, where there are several
     marginal_error: float
-    complete: bool
+    ended: Ended
 
 
-class FitInterruptedError(Exception):
-    """Ctrl-C in the first round, so that nobody remembers half of it."""
+class CutShortError(Exception):
+    """The first round did not run to its end, and nobody should remember half of it."""
+
+    def __init__(self, ended: Ended):
+        self.ended = ended
 
 
-def insist(step: Callable[[], T]) -> tuple[T, bool]:
-    """``step()``, once more if Ctrl-C interrupts it, and whether it did not.
+def insist(step: Callable[[], T]) -> tuple[T, Ended]:
+    """``step()``, once more if Ctrl-C interrupts it, and whether it did.
 
     For what is soon done, and without which the first round would be lost.
     """
     try:
-        return step(), True
+        return step(), Ended.COMPLETE
     except KeyboardInterrupt:
-        return step(), False
+        return step(), Ended.INTERRUPTED
 
 
 Round = tuple[dict[str, np.ndarray], list[dict]]  # weights, and the record of each epoch
@@ -82,9 +96,9 @@ Round = tuple[dict[str, np.ndarray], list[dict]]  # weights, and the record of e
 class Rounds:
     """What both rounds of a fit work with, and the rounds.
 
-    ``record`` gets a dict an epoch, with the round under ``stage``, and one for each number of
-    clusters compared. ``remember(learn)`` returns ``learn()``, or what it returned to an
-    earlier fit with the same first round. ``checkpoints`` resume rounds that were cut short.
+    ``remember(learn)`` returns ``learn()``, or what it returned to an earlier fit with the same
+    first round. ``checkpoints`` resume rounds that were cut short. ``attributes(fitted)`` are
+    the estimator's, for callbacks that ask what it would be if the fit ended here.
     """
 
     backbone: nn.Module
@@ -94,83 +108,73 @@ class Rounds:
     recipe: Recipe
     generator: torch.Generator
     seed: int
-    record: Callable[[dict], None]
+    journal: Journal
+    attributes: Callable[[Fitted], dict[str, Any]]
     remember: Callable[[Callable[[], Round]], Round]
     checkpoints: Checkpoints | None
 
     def fit(self) -> Fitted:
         recipe, n, k = self.recipe, len(self.geometry.rows), self.recipe.candidates[0]
-        many = min(recipe.over_clusters, n // OVER_CLUSTER_ROWS)
-        epochs, complete, comparison, features = recipe.schedule.epochs, True, None, None
+        many, epochs = min(recipe.over_clusters, n // OVER_CLUSTER_ROWS), recipe.schedule.epochs
         if many > k:
-            epochs = (epochs + 1) // 2
-            first, complete = self.learn_features(many, epochs)
-            # From here on the same, whether or not the first round was remembered,
-            reseed(self.generator, self.seed + 1)
-            learned, undisturbed = insist(lambda: LearnedFeatures(first, self.geometry))
-            complete = complete and undisturbed
-            if complete and len(recipe.candidates) > 1:
-                comparison, complete = self.compare(learned)
-                if comparison is not None:
-                    k = int(comparison.n_clusters[comparison.score.argmax()])
-            features = learned.features
-            labels, undisturbed = insist(lambda: learned.labels(k, recipe.n_heads, self.seed))
-            complete = complete and undisturbed
-            # After Ctrl-C there is no second round: its heads stay where they start.
-            epochs = recipe.schedule.epochs - epochs if complete else 0
-            reseed(self.generator, self.seed + 2)  # and from here on, whether k was compared
-        else:
-            labels = starting_labels(self.geometry, k, recipe.n_heads, recipe.init, self.seed)
-        labels, weights, pull = target_sizes(labels, k, recipe.cluster_sizes)
-        network = self._network(k)
-        state = self._labels(labels, weights, pull, recipe.schedule.n_views)
-        if features is not None:
-            start_at_centroids(network, features, labels[:, self.geometry.reference])
-        near = self.views.nearest(max(1, n // (2 * k))) if recipe.few_neighbors else self.views
-        done = self._train("clusters", network, near, state, epochs, self.record)
-        best_head = 0
-        try:
-            best_head = choose_head(view_joint(network, near, n, recipe.schedule))
-        except KeyboardInterrupt:  # the training stands; only the choice of the head is lost
-            done = False
-        return Fitted(
-            network,
-            best_head,
-            state.labels.cpu().numpy(),
-            weights,
-            comparison,
-            state.marginal_error,
-            complete and done,
-        )
+            first, ended = self.learn_features(many, (epochs + 1) // 2)
+            return self.cluster_features(first, ended, epochs // 2)
+        labels = starting_labels(self.geometry, k, recipe.n_heads, recipe.init, self.seed)
+        start = target_sizes(labels, k, recipe.cluster_sizes)
+        return self.refine(self._network(k), start, epochs)
 
-    def learn_features(self, many: int, epochs: int) -> tuple[SelfLabelNetwork, bool]:
-        """The first round: a network of ``many`` clusters, and whether it ran to its end."""
-        network, live = self._network(many), []
+    def learn_features(self, many: int, epochs: int) -> tuple[SelfLabelNetwork, Ended]:
+        """The first round: a network of ``many`` clusters, and how its training ended."""
+        network = self._network(many)
 
-        def note(row: dict) -> None:
-            live.append(row)
-            self.record(row)
+        def as_if_ended() -> dict[str, Any]:
+            first = copy.deepcopy(network)
+            rounds = replace(self, backbone=first.backbone)
+            return self.attributes(rounds.cluster_features(first, Ended.STOPPED, 0))
 
         def learn() -> Round:
             n_heads = self.recipe.n_heads
             labels = starting_labels(self.geometry, many, n_heads, self.recipe.init, self.seed)
             weights = np.full((n_heads, many), 1 / many)
             state = self._labels(labels, weights, np.inf, self.recipe.schedule.n_views)
-            if not self._train("features", network, self.views, state, epochs, note):
-                raise FitInterruptedError
-            return {name: w.cpu().numpy() for name, w in network.state_dict().items()}, live
+            stage = self.journal.stage("features", epochs)
+            ended = self._train(stage, network, self.views, state, as_if_ended)
+            if ended:
+                raise CutShortError(ended)
+            learned = {name: w.cpu().numpy() for name, w in network.state_dict().items()}
+            return learned, self.journal.history.copy()
 
         try:
-            weights, records = self.remember(learn)
-        except FitInterruptedError:
-            return network, False
-        if not live:  # learned by an earlier fit
-            network.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
-            for row in records:
-                self.record(row)
-        return network, True
+            learned, records = self.remember(learn)
+        except CutShortError as error:
+            return network, error.ended
+        ended = Ended.COMPLETE
+        if not self.journal.history:  # learned by an earlier fit
+            network.load_state_dict({name: torch.tensor(w) for name, w in learned.items()})
+            told = ((row, i == len(records)) for i, row in enumerate(records, 1))
+            ended = self._follow(self.journal.stage("features", len(records)), told, as_if_ended)
+        return network, ended
 
-    def compare(self, learned: LearnedFeatures) -> tuple[pd.DataFrame | None, bool]:
+    def cluster_features(self, first: SelfLabelNetwork, ended: Ended, epochs: int) -> Fitted:
+        """The second round, from the features of the first; none if that was cut short."""
+        recipe, k, comparison = self.recipe, self.recipe.candidates[0], None
+        # From here on the same, whether or not the first round was remembered,
+        reseed(self.generator, self.seed + 1)
+        learned, undisturbed = insist(lambda: LearnedFeatures(first, self.geometry))
+        ended = max(ended, undisturbed)
+        if not ended and len(recipe.candidates) > 1:
+            comparison, ended = self.compare(learned)
+            if comparison is not None:
+                k = int(comparison.n_clusters[comparison.score.argmax()])
+        labels, undisturbed = insist(lambda: learned.labels(k, recipe.n_heads, self.seed))
+        ended = max(ended, undisturbed)
+        reseed(self.generator, self.seed + 2)  # and from here on, whether k was compared
+        start = target_sizes(labels, k, recipe.cluster_sizes)
+        network = self._network(k)
+        start_at_centroids(network, learned.features, start[0][:, self.geometry.reference])
+        return self.refine(network, start, 0 if ended else epochs, comparison, ended)
+
+    def compare(self, learned: LearnedFeatures) -> tuple[pd.DataFrame | None, Ended]:
         """Compare the candidates; see :func:`compare_n_clusters`."""
         candidates = train_candidates(
             learned,
@@ -181,7 +185,39 @@ class Rounds:
             self.generator,
             self.seed,
         )
-        return compare_n_clusters(candidates, self.record, self.seed)
+        stage = self.journal.stage("n_clusters", len(self.recipe.candidates))
+        return compare_n_clusters(candidates, stage, self.seed)
+
+    def refine(
+        self,
+        network: SelfLabelNetwork,
+        start: tuple[np.ndarray, np.ndarray, float],
+        epochs: int,
+        comparison: pd.DataFrame | None = None,
+        ended: Ended = Ended.COMPLETE,
+    ) -> Fitted:
+        """Train the clusters asked for, from labels, weights and pull; choose the head."""
+        n, (labels, weights, pull) = len(self.geometry.rows), start
+        few = max(1, n // (2 * network.shape[1]))
+        near = self.views.nearest(few) if self.recipe.few_neighbors else self.views
+        state = self._labels(labels, weights, pull, self.recipe.schedule.n_views)
+
+        def fitted(network: SelfLabelNetwork, ended: Ended) -> Fitted:
+            best_head = 0
+            try:
+                best_head = choose_head(view_joint(network, near, n, self.recipe.schedule))
+            except KeyboardInterrupt:  # the training stands; only the choice of the head is lost
+                ended = Ended.INTERRUPTED
+            own, error = state.labels.cpu().numpy(), state.marginal_error
+            return Fitted(network, best_head, own, weights, comparison, error, ended)
+
+        def as_if_ended() -> dict[str, Any]:
+            return self.attributes(fitted(copy.deepcopy(network), Ended.STOPPED))
+
+        if epochs:
+            stage = self.journal.stage("clusters", epochs)
+            ended = self._train(stage, network, near, state, as_if_ended)
+        return fitted(network, ended)
 
     def _network(self, n_clusters: int) -> SelfLabelNetwork:
         r = self.recipe
@@ -201,18 +237,31 @@ class Rounds:
 
     def _train(
         self,
-        stage: str,
+        stage: Stage,
         network: SelfLabelNetwork,
         views: Views,
         labels: SelfLabels,
-        epochs: int,
-        record: Callable[[dict], None],
-    ) -> bool:
-        schedule = replace(self.recipe.schedule, epochs=epochs)
+        as_if_ended: Attributes,
+    ) -> Ended:
+        schedule = replace(self.recipe.schedule, epochs=stage.n_tasks)
+        checkpoint = self.checkpoints.of(stage.name) if self.checkpoints else None
+        epochs = self_label(network, views, labels, schedule, self.generator, checkpoint)
+        told = (({"n_clusters": network.shape[1], **row}, current) for row, current in epochs)
+        return self._follow(stage, told, as_if_ended)
 
-        checkpoint = self.checkpoints.of(stage) if self.checkpoints else None
-
-        def staged(row: dict) -> None:
-            record({"stage": stage, "n_clusters": network.shape[1], **row})
-
-        return self_label(network, views, labels, schedule, self.generator, staged, checkpoint)
+    def _follow(
+        self, stage: Stage, epochs: Iterator[tuple[dict, bool]], as_if_ended: Attributes
+    ) -> Ended:
+        """Run the epochs to their end, a plateau, a callback's stop or Ctrl-C."""
+        schedule, losses = self.recipe.schedule, []
+        try:
+            for row, current in stage.each(epochs):
+                losses.append(row["loss"])
+                stage.done(row, as_if_ended if current else None)
+                stage.stopped &= current  # an epoch of an earlier run cannot be the last
+                if stalled(losses, schedule.n_iter_no_change, schedule.tol):
+                    break
+            stage.close()
+        except KeyboardInterrupt:
+            return Ended.INTERRUPTED
+        return Ended(stage.stopped)

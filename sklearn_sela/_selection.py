@@ -19,11 +19,12 @@ from sklearn.metrics import adjusted_mutual_info_score, euclidean_distances, sil
 from sklearn.preprocessing import normalize
 from torch import nn
 
-from sklearn_sela._augment import FrozenViews, ViewStream
 from sklearn_sela._features import LearnedFeatures
 from sklearn_sela._heads import choose_head, cohen_kappa, start_at_centroids, target_sizes
+from sklearn_sela._journal import Stage
 from sklearn_sela._network import SelfLabelNetwork
-from sklearn_sela._training import Schedule, SelfLabels, self_label
+from sklearn_sela._training import Ended, Schedule, SelfLabels, self_label
+from sklearn_sela._views import FrozenViews, ViewStream
 
 SCORED_ROWS = 2_000  # of those below: their silhouettes need the distances of all pairs
 SAMPLED_ROWS = 5_000  # that stand for all in a score, and in the comparison of candidates
@@ -139,8 +140,8 @@ def train_candidates(
         heads = SelfLabelNetwork(nn.Identity(), features.shape[1], n_heads, k).to(device)
         start_at_centroids(heads, features, labels)
         state = label(labels, weights, pull, 0)
-        if not self_label(heads, frozen, state, schedule, generator, _ignore):
-            raise KeyboardInterrupt
+        for _ in self_label(heads, frozen, state, schedule, generator):
+            pass  # nobody needs to know how these epochs went
         with torch.no_grad():
             p = [heads.eval()(x).double().softmax(2).transpose(0, 1) for x in seen]
         best = choose_head(p[0].transpose(1, 2) @ p[1] / len(scored))
@@ -149,21 +150,21 @@ def train_candidates(
 
 
 def compare_n_clusters(
-    candidates: Iterator[Candidate], record: Callable[[dict], None], seed: int
-) -> tuple[pd.DataFrame | None, bool]:
+    candidates: Iterator[Candidate], stage: Stage, seed: int
+) -> tuple[pd.DataFrame | None, Ended]:
     """A row per candidate: n_clusters, score, its three factors, and support.
 
     The score is the predicting head's. Support is the share of trials in which the candidate
     scores best, on a resample of the rows (bootstrap: Efron, Ann. Stat. 1979) and by any head
-    of each: heads differ where another start would. After Ctrl-C, the table is of those
-    compared until then, None if there are none; the second value says whether it is complete.
+    of each: heads differ where another start would. Cut short, the table is of those compared
+    until then, None if there are none.
     """
     table: list[dict] = []
     trials: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
-    complete = False
+    ended = Ended.COMPLETE
     try:
-        for candidate in candidates:
+        for candidate in stage.each(candidates):
             n_heads, n = candidate.own.shape[:2]
             if not trials:
                 equal = np.full(n, 1 / n)
@@ -178,16 +179,14 @@ def compare_n_clusters(
                 "view_agreement": float(candidate.view_agreement(equal)[best]),
                 "head_agreement": candidate.head_agreement,
             }
-            record({"stage": "n_clusters", **row})
             trials.append(trial)
             table.append(row)
-        complete = True
+            stage.done(row)
+        stage.close()
     except KeyboardInterrupt:
-        if not table:
-            return None, False
+        ended = Ended.INTERRUPTED
+    if not table:
+        return None, ended
     wins = np.bincount(np.argmax(trials[: len(table)], axis=0), minlength=len(table))
-    return pd.DataFrame(table).assign(support=wins / _TRIALS), complete
-
-
-def _ignore(row: dict) -> None:
-    """Nobody needs to know how these epochs went."""
+    ended = max(ended, Ended(stage.stopped))
+    return pd.DataFrame(table).assign(support=wins / _TRIALS), ended

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sklearn_sela._augment import ViewStream
 from sklearn_sela._checkpoint import Checkpoint
 from sklearn_sela._device import autocast, random_state, set_random_state
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._sinkhorn import SinkhornResult, sinkhorn_labels
+from sklearn_sela._views import ViewStream
 
 LABEL_TOL = 1e-3  # L1 error of the cluster shares at which a label solve stops
 _LABEL_ITER = 200  # most iterations of one solve; the next solve goes on from its potential
@@ -45,6 +46,8 @@ class Schedule:
     lr_schedule: str
     n_views: int
     n_solves: int | None
+    n_iter_no_change: int | None = None
+    tol: float = 1e-3
     precision: torch.dtype = torch.float32
 
     def solve_epochs(self) -> set[int]:
@@ -239,20 +242,28 @@ class FeatureLabels(SelfLabels):
         return torch.einsum("nf,tkf->tnk", self.features[rows], w) + b[:, None]
 
 
+class Ended(IntEnum):
+    """How training ended; of several rounds, the largest."""
+
+    COMPLETE = 0
+    STOPPED = 1  # a callback said so
+    INTERRUPTED = 2  # Ctrl-C
+
+
 def self_label(
     network: SelfLabelNetwork,
     views: ViewStream,
     labels: SelfLabels,
     schedule: Schedule,
     generator: torch.Generator,
-    record: Callable[[dict], None],
     checkpoint: Checkpoint | None = None,
-) -> bool:
-    """Alternate label solves and epochs of learning; False when interrupted by Ctrl-C.
+) -> Iterator[tuple[dict, bool]]:
+    """Alternate label solves and epochs of learning: a generator, one epoch each.
 
-    ``views(parts)`` draws a random view of each row, part by part. ``record`` gets one
-    dict an epoch. After an interruption the network is as it was after the last complete
-    epoch. What a checkpoint has of these epochs is not done again.
+    ``views(parts)`` draws a random view of each row, part by part. Yields (record, whether it is
+    of the state that all is in now) after each epoch: those that a checkpoint has are not done
+    again. Whoever stops asking has the network as it was after the last one; Ctrl-C leaves it
+    so, too, and is passed on.
     """
     n = labels.labels.shape[1]
     # Never a batch of one row, from which batch norm could not learn.
@@ -260,10 +271,10 @@ def self_label(
     sgd, rate = schedule.optimiser(network, schedule.epochs * n_batches)
     solve_epochs = schedule.solve_epochs()
     run = _Run(network, labels, sgd, rate, generator, checkpoint)
-    for row in run.records:
-        record(row)
+    done = len(run.records)
+    yield from ((row, i == done) for i, row in enumerate(run.records.copy(), 1))
     kept = copy.deepcopy(network.state_dict())
-    for epoch in range(len(run.records), schedule.epochs):
+    for epoch in range(done, schedule.epochs):
         start = time.perf_counter()
         try:
             solved = epoch in solve_epochs
@@ -293,7 +304,7 @@ def self_label(
                 raise FloatingPointError(_diverged(f"the loss became {float(loss)}", schedule))
         except KeyboardInterrupt:
             network.load_state_dict(kept)
-            return False
+            raise
         kept = copy.deepcopy(network.state_dict())
         sizes = torch.stack(
             [la.bincount(minlength=labels.weights.shape[1]) for la in labels.labels]
@@ -308,8 +319,14 @@ def self_label(
             "largest": int(sizes.max()),
         }
         run.save(row)
-        record(row)
-    return True
+        yield row, True
+
+
+def stalled(losses: list[float], patience: int | None, tol: float) -> bool:
+    """Whether the last ``patience`` epochs have not brought the loss down by more than tol."""
+    if patience is None or len(losses) <= patience:
+        return False
+    return min(losses[-patience:]) > min(losses[:-patience]) - tol
 
 
 class _Run:

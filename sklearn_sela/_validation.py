@@ -28,6 +28,8 @@ def check_parameters(estimator: Any) -> None:
         _check_number("verbose", estimator.verbose, Integral, 0)
     if estimator.n_solves is not None:
         _check_number("n_solves", estimator.n_solves, Integral, 0)
+    if estimator.n_iter_no_change is not None:
+        _check_number("n_iter_no_change", estimator.n_iter_no_change, Integral, 1)
     if estimator.over_clusters not in (None, "auto"):
         _check_number("over_clusters", estimator.over_clusters, Integral, 0)
     if estimator.n_neighbors != "auto":
@@ -35,6 +37,7 @@ def check_parameters(estimator: Any) -> None:
     for name in ("reg", "learning_rate"):
         _check_number(name, getattr(estimator, name), Real, 0, strict=True)
     _check_number("weight_decay", estimator.weight_decay, Real, 0)
+    _check_number("tol", estimator.tol, Real, 0)
     _check_number("neighbor_probability", estimator.neighbor_probability, Real, 0, high=1)
     _check_number("label_momentum", estimator.label_momentum, Real, 0, high=1)
     try:

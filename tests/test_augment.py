@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sklearn_sela._augment import ImageAugment, Jitter, PhotoAugment, Views
+from sklearn_sela._augment import ImageAugment, Jitter, PhotoAugment
+from sklearn_sela._views import Views
 
 
 def generator(seed=0):

@@ -94,7 +94,7 @@ def test_scaler_sees_a_feature_that_varies_in_few_of_many_rows(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         estimator.fit(X)
-    assert estimator._scaler.scale[0] == pytest.approx(expected)
+    assert estimator._model.scaler.scale[0] == pytest.approx(expected)
 
 
 def test_scaler_of_a_constant_feature_does_not_add_up_rounding():

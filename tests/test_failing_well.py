@@ -263,6 +263,8 @@ BAD = {
     "n_views": [-1, 1.5],
     "label_momentum": [-0.1, 1.5, "a"],
     "n_solves": [-1, 2.5],
+    "n_iter_no_change": [0, 1.5, "a"],
+    "tol": [-1e-9, np.nan, None],
     "cluster_sizes": [
         None,
         [0.5, 0.5],

@@ -15,7 +15,14 @@ from torch import nn
 
 from sklearn_sela._heads import sizes_are_equal, target_sizes
 from sklearn_sela._network import SelfLabelNetwork
-from sklearn_sela._training import FeatureLabels, Schedule, SelfLabels, label_pass, self_label
+from sklearn_sela._training import (
+    FeatureLabels,
+    Schedule,
+    SelfLabels,
+    label_pass,
+    self_label,
+    stalled,
+)
 
 SCHEDULE = Schedule(
     epochs=6,
@@ -61,15 +68,11 @@ class Toy:
         return SelfLabels(self.start, self.weights, reg, reg_m, soft, momentum)
 
     def run(self, labels, schedule=SCHEDULE, views=None):
+        stream = partial(map, views or self.views)
+        epochs = self_label(self.network, stream, labels, schedule, self.generator)
         self.records = []
-        return self_label(
-            self.network,
-            partial(map, views or self.views),
-            labels,
-            schedule,
-            self.generator,
-            self.records.append,
-        )
+        for record, _ in epochs:
+            self.records.append(record)
 
 
 @pytest.mark.parametrize("soft", [True, False])
@@ -77,7 +80,7 @@ class Toy:
 def test_alternation_corrects_wrong_starting_labels(soft, share):
     toy = Toy(share)
     labels = toy.labels(soft=soft)
-    assert toy.run(labels)
+    toy.run(labels)
     assert ((labels.labels == toy.group).double().mean(1) >= 0.98).all()
 
 
@@ -258,22 +261,48 @@ def test_label_pass_is_in_eval_mode():
 @pytest.mark.parametrize("at", [5, 7, 8, 9])  # 4 batches an epoch, and 2 views before the second
 def test_interruption_restores_the_last_complete_epoch(at):
     toy = Toy()
-    toy.run(toy.labels(), replace(SCHEDULE, epochs=6), interrupt(toy, at))
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(toy.labels(), replace(SCHEDULE, epochs=6), interrupt(toy, at))
     expected = Toy()
-    expected.run(expected.labels(), SCHEDULE, interrupt(expected, 5))
+    with pytest.raises(KeyboardInterrupt):
+        expected.run(expected.labels(), SCHEDULE, interrupt(expected, 5))
     assert len(toy.records) == len(expected.records) == 1
     assert_same_weights(toy.network, expected.network)
 
 
-def test_interruption_is_reported_as_not_done():
-    toy = Toy()
-    assert toy.run(toy.labels(), SCHEDULE, interrupt(toy, 9)) is False
+def test_whoever_stops_asking_has_the_network_of_the_last_epoch():
+    toy, expected = Toy(), Toy()
+    epochs = self_label(toy.network, partial(map, toy.views), toy.labels(), SCHEDULE, toy.generator)
+    next(epochs), next(epochs)
+    epochs.close()
+    with pytest.raises(KeyboardInterrupt):
+        expected.run(expected.labels(), SCHEDULE, interrupt(expected, 11))
+    assert len(expected.records) == 2
+    assert_same_weights(toy.network, expected.network)
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "expected"),
+    [
+        ([3, 2, 1], None, False),
+        ([3, 2, 1], 1, False),
+        ([3, 2, 2], 1, True),
+        ([3, 2, 2], 2, False),
+        ([3, 2, 2, 2], 2, True),
+        ([3, 2, 2.5, 1.99], 2, True),  # by less than tol
+        ([3, 2, 2.5, 1.9], 2, False),
+        ([3], 1, False),
+    ],
+)
+def test_loss_has_stalled_if_the_last_epochs_brought_nothing(losses, patience, expected):
+    assert stalled(losses, patience, 0.05) is expected
 
 
 def test_interruption_of_the_first_epoch_restores_the_start():
     toy = Toy()
     start = copy.deepcopy(toy.network)
-    toy.run(toy.labels(), SCHEDULE, interrupt(toy, 3))
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(toy.labels(), SCHEDULE, interrupt(toy, 3))
     assert toy.records == []
     assert_same_weights(toy.network, start)
 
@@ -497,7 +526,7 @@ def test_labels_kept_as_features_are_those_kept_as_scores(n_views, soft):
         if as_features:
             labels = FeatureLabels(toy.start, toy.weights, 0.2, math.inf, soft, n_features=2)
             assert not hasattr(labels, "scores")
-        assert toy.run(labels, schedule)
+        toy.run(labels, schedule)
         rows = torch.arange(N)
         runs.append((labels.labels, labels.targets(rows), [r["loss"] for r in toy.records]))
     (one, p, losses), (two, q, others) = runs
