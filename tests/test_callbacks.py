@@ -309,7 +309,7 @@ def in_a_terminal(script, path):
 def test_progress_bars_of_a_parallel_search_are_nested(tmp_path):
     pytest.importorskip("rich")
     written = in_a_terminal(SEARCH, tmp_path / "search.py")
-    ours = r"( *)((?:GridSearchCV|SelfLabelClusterer) - [^\u2501]*?) +\u2501+ +(\d+)%"
+    ours = r"( *)((?:GridSearchCV|SelfLabelClusterer) - [^\u2501\u2578\u257a]*?) +[\u2501\u2578\u257a ]+ (\d+)%"
     bars = re.findall(ours, written)
     merged = "GridSearchCV - candidate-split-evaluation | SelfLabelClusterer - fit"
     fits = [("    ", f"{merged} #{i}", "100") for i in range(4)]
