@@ -46,6 +46,7 @@ setup(
             *plots,
             *progress,
             *fast,
+            "polars>=1",  # frames other than pandas'
             "pytest>=8",
             "hypothesis>=6.100",  # properties of the solver
             "pytest-xdist>=3.5",  # both cores

@@ -110,7 +110,8 @@ def check_no_times(X: Any) -> None:
     """Raise TypeError for dates or durations, in an array or in a column of a DataFrame."""
     dtypes: Any = getattr(X, "dtypes", getattr(X, "dtype", None))  # a frame's, an array's
     for dtype in np.ravel(dtypes):
-        if getattr(dtype, "kind", None) in ("m", "M"):
+        temporal = getattr(dtype, "is_temporal", bool)()  # a polars dtype's
+        if temporal or getattr(dtype, "kind", None) in ("m", "M"):
             raise TypeError(
                 f"X has dtype {dtype}, but features must be numbers: turn dates and durations "
                 "into some, such as seconds since the first, or the hour of the day."

@@ -309,8 +309,9 @@ def in_a_terminal(script, path):
 def test_progress_bars_of_a_parallel_search_are_nested(tmp_path):
     pytest.importorskip("rich")
     written = in_a_terminal(SEARCH, tmp_path / "search.py")
-    ours = r"( *)((?:GridSearchCV|SelfLabelClusterer) - [^\u2501\u2578\u257a]*?) +[\u2501\u2578\u257a ]+ (\d+)%"
-    bars = re.findall(ours, written)
+    bar = "[\u2501\u2578\u257a ]+"
+    name = "((?:GridSearchCV|SelfLabelClusterer) - [^\u2501\u2578\u257a]*?)"
+    bars = re.findall(rf"( *){name} +{bar} (\d+)%", written)
     merged = "GridSearchCV - candidate-split-evaluation | SelfLabelClusterer - fit"
     fits = [("    ", f"{merged} #{i}", "100") for i in range(4)]
     names = ("features #0", "clusters #1")

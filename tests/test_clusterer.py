@@ -21,6 +21,7 @@ import torch
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import load_digits, make_blobs
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -543,6 +544,25 @@ def test_working_from_disk_takes_little_memory(large, method, limit):
     # In a process of its own: what other tests left to the allocator would count or hide.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(memory_rise, large.filename, method).result() < limit
+
+
+def memory_rise_of_many_rows(n_clusters):
+    X = np.random.default_rng(0).normal(size=(1_000_000, 64)).astype(np.float32)
+    estimator = clusterer(n_clusters, backbone=nn.Linear(64, 16), over_clusters=None, max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        estimator.fit(X[:1000]).predict(X[:1000])
+    with Peak() as memory:
+        labels = estimator.predict(X)
+    return memory.rise - labels.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_predicting_a_million_rows_takes_little_memory():
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rise = pool.submit(memory_rise_of_many_rows, 100).result()
+    print(f"{rise / 1e6:.0f} MB over the input and the output")
+    assert rise < 200e6
 
 
 @pytest.mark.parametrize("seed", [0, 1])
