@@ -188,7 +188,9 @@ def test_run_without_random_state_keeps_the_seed_it_began_with(tmp_path):
 
 
 def test_own_backbone_with_dropout_is_resumed(tmp_path):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.2))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.2))
     whole = clusterer(tmp_path / "whole", backbone=net).fit(FEW)
     with pytest.warns(ConvergenceWarning, match="interrupted"):
         clusterer(tmp_path / "part", backbone=net, augment=StopAt(20)).fit(FEW)
