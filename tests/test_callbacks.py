@@ -19,8 +19,6 @@ from sklearn.datasets import make_blobs
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from sklearn_sela import SelfLabelClusterer, _training, metrics
 
@@ -273,6 +271,8 @@ SEARCH = """
 from sklearn.callback import ProgressBar
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn_sela import SelfLabelClusterer
 
 if __name__ == "__main__":
@@ -280,6 +280,8 @@ if __name__ == "__main__":
     clusterer = SelfLabelClusterer(max_epochs=8, random_state=0)
     search = GridSearchCV(clusterer, {"n_clusters": [4, 5]}, cv=2, n_jobs=2, refit=False)
     search.set_callbacks(ProgressBar()).fit(X)
+    pipeline = make_pipeline(FunctionTransformer(), clusterer.set_params(n_clusters=4))
+    pipeline.set_callbacks(ProgressBar()).fit(X)
 """
 
 
@@ -306,25 +308,26 @@ def in_a_terminal(script, path):
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode())
 
 
-def test_progress_bars_of_a_parallel_search_are_nested(tmp_path):
+def test_progress_bars_of_searches_and_pipelines_are_nested(tmp_path):
     pytest.importorskip("rich")
     written = in_a_terminal(SEARCH, tmp_path / "search.py")
     bar = "[\u2501\u2578\u257a ]+"
-    name = "((?:GridSearchCV|SelfLabelClusterer) - [^\u2501\u2578\u257a]*?)"
-    bars = re.findall(rf"( *){name} +{bar} (\d+)%", written)
+    name = "((?:GridSearchCV|Pipeline|SelfLabelClusterer) - [^\u2501\u2578\u257a]*?)"
+    searching, piping = (
+        re.findall(rf"( *){name} +{bar} (\d+)%", part)
+        for part in re.split("(?=Pipeline)", written, maxsplit=1)
+    )
     merged = "GridSearchCV - candidate-split-evaluation | SelfLabelClusterer - fit"
     fits = [("    ", f"{merged} #{i}", "100") for i in range(4)]
     names = ("features #0", "clusters #1")
     rounds = [("      ", f"SelfLabelClusterer - {name}", "100") for name in names]
-    search, last = bars[-14:-12], bars[-12:]
+    search, last = searching[-14:-12], searching[-12:]
     assert search == [("", "GridSearchCV - fit", "100"), ("  ", "GridSearchCV - search #0", "100")]
     assert set(last[::3]) == set(fits)  # in the order in which they began
     assert last[1::3] + last[2::3] == [rounds[0]] * 4 + [rounds[1]] * 4
-    assert any(rounds[0][:2] == bar[:2] and 0 < int(bar[2]) < 100 for bar in bars)  # on the way
-
-
-def test_progress_goes_through_a_pipeline():
-    watch = Watch()
-    pipeline = make_pipeline(StandardScaler(), clusterer().set_callbacks(watch))
-    pipeline.fit(X)
-    assert watch.tasks == 4
+    assert any(rounds[0][:2] == bar[:2] and 0 < int(bar[2]) < 100 for bar in searching)
+    assert piping[-4:] == [
+        ("", "Pipeline - fit", "100"),
+        ("  ", "Pipeline - fit-final-estimator | SelfLabelClusterer - fit #1", "100"),
+        *(("    ", bar, "100") for _, bar, _ in rounds),
+    ]
