@@ -25,6 +25,7 @@ setup(
         "scikit-learn>=1.9",  # the API we implement, its callbacks; k-means, PCA, neighbours
         "torch>=2.6",  # networks, automatic differentiation, devices
         "torchvision>=0.21",  # image backbones
+        "safetensors>=0.4",  # fitted estimators in files from which no code can run
         "pillow>=10.1",  # image files of all formats; torchvision's own dependency
         "numpy>=1.26",  # arrays in and out
         "scipy>=1.11",  # assignment for accuracy, the test for equal sizes

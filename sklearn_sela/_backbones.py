@@ -14,7 +14,9 @@ OWN_BACKBONES = ("mlp", "convnet")
 FEATURES = 128  # width of the learned features, as in the clustering heads' input
 
 
-def make_backbone(name: str, shape: tuple[int, ...], weights: Any = None) -> nn.Module:
+def make_backbone(
+    name: str, shape: tuple[int, ...], weights: Any = None, small_stem: bool = True
+) -> nn.Module:
     """The backbone of a name, for rows of a shape; weights are drawn from torch's generator.
 
     Parameters
@@ -27,6 +29,8 @@ def make_backbone(name: str, shape: tuple[int, ...], weights: Any = None) -> nn.
         (n_features,), or (channels, height, width) of images.
     weights : str, path or mapping, default=None
         To start from, of torchvision's networks: see ``read_weights`` in ``_torchvision.py``.
+    small_stem : bool, default=True
+        Whether a ResNet may have another stem for small images.
 
     Returns
     -------
@@ -47,7 +51,7 @@ def make_backbone(name: str, shape: tuple[int, ...], weights: Any = None) -> nn.
         )
     if name == "convnet":
         return convnet(shape)
-    return TorchvisionBackbone(name, shape, weights)
+    return TorchvisionBackbone(name, shape, weights, small_stem)
 
 
 def mlp(n_inputs: int) -> nn.Module:

@@ -83,16 +83,9 @@ class Checkpoints:
         return seed
 
     def replace(self, name: str, write: Callable[[Any], Any]) -> None:
-        part = self.folder / f"{name}.part"
         try:
-            with open(part, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave the name without the data
-            os.replace(part, self.folder / name)
+            replace_file(self.folder / name, write)
         except (OSError, RuntimeError) as error:  # torch turns a full disk into RuntimeError
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> OSError:
@@ -129,6 +122,21 @@ class Checkpoint:
                 "to start anew."
             )
         return state
+
+
+def replace_file(path: Path, write: Callable[[Any], Any]) -> None:
+    """Let ``write(file)`` make a file, which is there whole or, on any error, as it was before."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the name without the data
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def damaged(path: Path, error: Exception) -> ValueError:

@@ -32,6 +32,7 @@ from sklearn_sela._journal import Journal
 from sklearn_sela._memory import remember_by
 from sklearn_sela._model import Model
 from sklearn_sela._network import rows_at_once
+from sklearn_sela._persistence import load_estimator, packed, save_estimator, unpacked
 from sklearn_sela._recipe import Fitted, Recipe, Rounds
 from sklearn_sela._selection import combined_score
 from sklearn_sela._training import Ended, Schedule
@@ -409,15 +410,22 @@ class SelfLabelClusterer(
                 network, best = fitted.network.eval(), fitted.best_head
                 network.backbone._compiled_call_impl = None  # predictions, and pickles, do without
                 model = Model(
-                    network, best, scaler, n_values, n_features, settings, recipe.schedule, small
+                    network,
+                    best,
+                    scaler,
+                    n_values,
+                    n_features,
+                    settings,
+                    recipe.schedule,
+                    small,
+                    self._backbone_name(),
                 )
                 labels = model.head_labels(X)
                 model.understand_heads(labels)
                 own, self_labels = np.full(n_given, -1), np.full((recipe.n_heads, n_given), -1)
                 own[good], self_labels[:, good] = labels[:, best], fitted.self_labels
                 return {
-                    "network_": network,
-                    "best_head_": best,
+                    **model.attributes(),
                     "labels_": own,
                     "self_labels_": self_labels,
                     "skipped_": skipped,
@@ -427,8 +435,6 @@ class SelfLabelClusterer(
                     "history_": pd.DataFrame(journal.history),
                     "n_iter_": len(journal.history),
                     "loss_": float(journal.history[-1]["loss"]),
-                    "_n_features_out": n_features,
-                    "_model": model,
                 }
 
             fitted = Rounds(
@@ -516,13 +522,70 @@ class SelfLabelClusterer(
             warn_of_skipped([rows.name(i) for i in sorted(rows.bad)], len(rows))
         return made
 
+    def save(self, path: Any) -> None:
+        """Write the fitted estimator to a file without code, that :meth:`load` reads.
+
+        safetensors: weights and other arrays, the rest as JSON, and a checksum of all of it.
+
+        Parameters
+        ----------
+        path : str or Path
+            Replaced whole if it is there.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        OSError
+            For a path that cannot be written.
+        """
+        save_estimator(self, path)
+
+    @classmethod
+    def load(cls, path: Any, **given: Any) -> SelfLabelClusterer:
+        """Read an estimator from a file of :meth:`save`; no code runs from it.
+
+        Parameters
+        ----------
+        path : str or Path
+            Of the file.
+        **given : dict
+            Parameters that were code when it was saved, such as a ``backbone`` of your own, an
+            ``augment`` that is a function, or a ``RandomState``. An error names those missing.
+
+        Returns
+        -------
+        SelfLabelClusterer
+            That predicts the same, on ``device`` where this machine has that, else on the CPU.
+
+        Raises
+        ------
+        ValueError
+            For another file, one that has changed since it was saved, and missing parameters.
+        OSError
+            For a file that cannot be read.
+        """
+        return load_estimator(cls, path, given)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return packed(super().__getstate__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(unpacked(state))
+
+    def _backbone_name(self) -> str | None:
+        """Of the backbone that is fitted; None for one of the user's own."""
+        if not isinstance(self.backbone, str):
+            return None
+        if self.backbone == "auto":
+            return "mlp" if self.image_shape_ is None else "convnet"
+        return self.backbone
+
     def _make_backbone(self, n_values: int) -> nn.Module:
-        kind = self.backbone
-        if isinstance(kind, str):
-            if kind == "auto":
-                kind = "mlp" if self.image_shape_ is None else "convnet"
-            return make_backbone(kind, self.image_shape_ or (n_values,), self.weights)
-        made = copy.deepcopy(kind) if isinstance(kind, nn.Module) else kind()
+        if name := self._backbone_name():
+            return make_backbone(name, self.image_shape_ or (n_values,), self.weights)
+        own = self.backbone
+        made = copy.deepcopy(own) if isinstance(own, nn.Module) else own()
         if not isinstance(made, nn.Module):
             raise TypeError(f"backbone returned {type(made).__name__}, not a torch module.")
         return made

@@ -44,11 +44,21 @@ class Model:
     views: ViewSettings
     schedule: Schedule
     one_thread: bool
+    backbone: str | None  # the name that it was made by
     meanings: list[sparse.coo_array] = field(default_factory=list)  # of each head's clusters
 
     @property
     def device(self) -> torch.device:
         return self.network.heads.weight.device
+
+    def attributes(self) -> dict[str, Any]:
+        """Of an estimator that has this model."""
+        return {
+            "network_": self.network,
+            "best_head_": self.best_head,
+            "_n_features_out": self.n_features,
+            "_model": self,
+        }
 
     def understand_heads(self, labels: NDArray[np.int64]) -> None:
         """Learn what clusters of the heads mean from labels (n_samples, n_heads) of a fit."""

@@ -47,6 +47,8 @@ class TorchvisionBackbone(nn.Module):
         (channels, height, width).
     weights : str, path, mapping of str to Tensor, or None
         To start from: see :func:`read_weights`.
+    small_stem : bool, default=True
+        Whether a ResNet without weights may have another stem for small images.
 
     Raises
     ------
@@ -54,7 +56,13 @@ class TorchvisionBackbone(nn.Module):
         For images that the network cannot take, or weights that are not its own.
     """
 
-    def __init__(self, name: str, image_shape: tuple[int, int, int], weights: Any = None):
+    def __init__(
+        self,
+        name: str,
+        image_shape: tuple[int, int, int],
+        weights: Any = None,
+        small_stem: bool = True,
+    ):
         super().__init__()
         from torchvision.models import ResNet
 
@@ -79,7 +87,7 @@ class TorchvisionBackbone(nn.Module):
         self.small_stem = False
         if weights is not None:
             _load(network, self.last, read_weights(name, weights), name)
-        elif isinstance(network, ResNet) and max(height, width) <= SMALL_IMAGE:
+        elif isinstance(network, ResNet) and max(height, width) <= SMALL_IMAGE and small_stem:
             self.small_stem = True
             network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
