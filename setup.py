@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "sklearn_sela/__init__.py")
 
 plots = ["matplotlib>=3.8"]  # the demo's picture
 progress = ["rich>=13"]  # the demo's progress bar
+onnx = ["onnx>=1.16", "onnxscript>=0.2"]  # models for other runtimes
 fast = ["numba>=0.61"]  # label solves at the speed of memory on a CPU
 setup(
     name="sklearn-sela",
@@ -37,6 +38,7 @@ setup(
         "plots": plots,
         "progress": progress,
         "fast": fast,
+        "onnx": onnx,
         "benchmark": [  # the peers measured in the same run
             *fast,
             "umap-learn>=0.5.7",
@@ -47,6 +49,8 @@ setup(
             *plots,
             *progress,
             *fast,
+            *onnx,
+            "onnxruntime>=1.18",  # reads what is exported
             "polars>=1",  # frames other than pandas'
             "pytest>=8",
             "hypothesis>=6.100",  # properties of the solver

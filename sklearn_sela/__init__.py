@@ -2,6 +2,7 @@
 
 from sklearn_sela._clusterer import SelfLabelClusterer
 from sklearn_sela._export import torchvision_state_dict, torchvision_transform
+from sklearn_sela._graph import to_exported_program, to_onnx
 from sklearn_sela._images import image_paths
 from sklearn_sela._sinkhorn import SinkhornResult, sinkhorn_labels
 
@@ -10,6 +11,8 @@ __all__ = [
     "SinkhornResult",
     "image_paths",
     "sinkhorn_labels",
+    "to_exported_program",
+    "to_onnx",
     "torchvision_state_dict",
     "torchvision_transform",
 ]
