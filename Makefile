@@ -7,7 +7,7 @@ BENCHMARKS := $(addprefix bench-,augment files n_clusters recipe search sinkhorn
 # Passive waits: torch's and scikit-learn's threads do not fight over a busy machine's cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clean bench $(BENCHMARKS)
+.PHONY: demo test lint clean page bench $(BENCHMARKS)
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/plot_digits.py
@@ -20,6 +20,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
+
+# The page that notebooks link to, made anew from the docstrings.
+page: $(VENV)/installed
+	$(BIN)/python docs/make_page.py
 
 bench: bench-throughput
 

@@ -21,7 +21,7 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.11",
     packages=["sklearn_sela"],
-    package_data={"sklearn_sela": ["py.typed"]},
+    package_data={"sklearn_sela": ["py.typed", "documentation.html"]},
     install_requires=[
         "scikit-learn>=1.9",  # the API we implement, its callbacks; k-means, PCA, neighbours
         "torch>=2.6",  # networks, automatic differentiation, devices

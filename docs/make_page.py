@@ -10,7 +10,7 @@ import inspect
 from pathlib import Path
 
 import sklearn_sela
-from sklearn_sela import SelfLabelClusterer, metrics
+from sklearn_sela import SelfLabelClusterer, display, evaluation, metrics
 
 PAGE = Path(sklearn_sela.__file__).with_name("documentation.html")
 STYLE = "body{max-width:60em;margin:2em auto;padding:0 1em;font-family:sans-serif}"
@@ -32,12 +32,11 @@ def page() -> str:
     }
     things = {"SelfLabelClusterer": SelfLabelClusterer, **methods}
     things |= {name: getattr(sklearn_sela, name) for name in sorted(sklearn_sela.__all__)[1:]}
-    for module in (metrics,):
-        functions = inspect.getmembers(module, inspect.isfunction)
+    for module in (metrics, evaluation, display):
         things |= {
-            f"{module.__name__.split('.')[1]}.{name}": function
-            for name, function in functions
-            if function.__module__ == module.__name__ and not name.startswith("_")
+            f"{module.__name__.split('.')[1]}.{name}": thing
+            for name, thing in inspect.getmembers(module, callable)
+            if getattr(thing, "__module__", "") == module.__name__ and not name.startswith("_")
         }
     sections = "\n".join(section(name, thing) for name, thing in things.items())
     title = f"sklearn_sela {sklearn_sela.__version__}"

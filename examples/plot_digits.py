@@ -12,13 +12,12 @@ import time
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from sklearn_sela import SelfLabelClusterer
+from sklearn_sela.display import ClusterGalleryDisplay
 from sklearn_sela.metrics import clustering_accuracy
 
 PICTURE = "digits_clusters.png"
@@ -47,25 +46,8 @@ print(f"\n{'digits (1,797 x 8 x 8)':<23}{'accuracy':>7}{'NMI':>8}{'ARI':>8}{'sec
 print("\n".join(rows))
 
 # %%
-# One row a cluster: its most certain images, then, set apart, its least certain ones.
-proba = clusterer.predict_proba(digits.images)
-labels = clusterer.labels_
-columns = [*range(10), None, *range(-5, 0)]
-figure, axes = plt.subplots(10, len(columns), figsize=(8.5, 6.4))
-for cluster, line in enumerate(axes):
-    members = np.flatnonzero(labels == cluster)
-    members = members[np.argsort(-proba[members, cluster], kind="stable")]
-    line[0].set_ylabel(
-        f"cluster {cluster}\n{len(members)} images", rotation=0, ha="right", va="center", fontsize=8
-    )
-    for ax, column in zip(line, columns, strict=True):
-        ax.set(xticks=[], yticks=[])
-        ax.set_frame_on(False)
-        if column is not None and len(members) > abs(column):
-            ax.imshow(digits.images[members[column]], cmap="gray_r")
-axes[0, 0].set_title("most certain", loc="left", fontsize=9)
-axes[0, 11].set_title("least certain", loc="left", fontsize=9)
-figure.suptitle("Handwritten digits, clustered without labels", fontsize=11)
-figure.subplots_adjust(left=0.14, right=0.99, top=0.9, bottom=0.01, hspace=0.1)
-figure.savefig(PICTURE, dpi=150)
+# One row a cluster: its most typical images, then, set apart, its least typical ones.
+display = ClusterGalleryDisplay.from_estimator(clusterer, digits.images, cmap="gray_r")
+display.ax_.set_title("Handwritten digits, clustered without labels", fontsize=11)
+display.figure_.savefig(PICTURE, dpi=150)
 print(f"\nThe clusters are drawn in {PICTURE}")

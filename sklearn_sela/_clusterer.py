@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,10 @@ class SelfLabelClusterer(
     >>> clusterer.predict_proba(X).shape, clusterer.transform(X).shape
     ((300, 10), (300, 128))
     """
+
+    # Of the page that notebooks link to, and show the documentation of parameters from.
+    _doc_link_module = "sklearn_sela"
+    _doc_link_template = Path(__file__).with_name("documentation.html").as_uri()
 
     def __init__(
         self,

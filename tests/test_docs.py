@@ -1,13 +1,20 @@
 """The code in the README, the docs and the docstrings runs and prints what it says."""
 
 import doctest
+import html
 import importlib
+import inspect
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import pytest
+
+from sklearn_sela import SelfLabelClusterer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
@@ -45,3 +52,20 @@ def test_docstring_examples_print_what_they_show(module):
     results = doctest.testmod(importlib.import_module(f"sklearn_sela.{module}"))
     assert results.attempted
     assert not results.failed
+
+
+def test_the_page_that_notebooks_link_to_is_that_of_the_docstrings():
+    made = runpy.run_path(str(ROOT / "docs" / "make_page.py"))
+    assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), "make page"
+
+
+def test_a_notebook_shows_the_documentation_of_each_parameter():
+    estimator = SelfLabelClusterer(n_clusters=3)
+    shown = estimator._repr_mimebundle_()["text/html"]
+    link = re.search(r'sk-estimator-doc-link[^>]*href="([^"]+)"', shown)[1]
+    page = Path(url2pathname(urlparse(link).path)).read_text(encoding="utf-8")
+    assert '<h2 id="SelfLabelClusterer">' in page
+    for name in estimator.get_params():
+        entry = re.search(rf"^{name} : (.+)$", inspect.getdoc(SelfLabelClusterer), re.MULTILINE)
+        assert html.escape(f"{name} : {entry[1]}") in page
+        assert f"{name}: {html.escape(entry[1])}<br>" in shown
