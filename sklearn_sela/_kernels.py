@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sklearn_sela._distributed import Shards
 from sklearn_sela._scores import Scores
 
 _CHUNK = 1 << 20  # entries that the torch path works on at a time: bounds temporary memory
@@ -25,6 +26,7 @@ _FUSED_FROM = 1 << 18  # entries; below, fused reads are not worth their import
 _FUSED_TOL = 1e-5  # smallest tolerance that sums in float32 can tell
 _ROUNDING = 1e7  # largest exponent over tol that float32 can hold without moving shares by tol
 _STARVED = float(np.finfo(np.float32).tiny)  # least share, whose log is finite
+_ALONE = Shards()
 _TIE = 1e-6  # entries of the solution closer than this, relatively, are tied
 
 
@@ -60,6 +62,8 @@ class Reader:
     sample_weight : array-like of shape (n_samples,) or None
     reg, tol : float
         Of the solve: they decide what precision it needs.
+    shards : Shards
+        The processes that have the other rows.
 
     Raises
     ------
@@ -67,27 +71,40 @@ class Reader:
         For scores that are not finite or -inf, or too spread out for ``reg``.
     """
 
-    def __init__(self, scores: Scores, sample_weight: Any, reg: float, tol: float):
-        self.scores, self.k, self.device = scores, scores.k, scores.device
+    def __init__(
+        self, scores: Scores, sample_weight: Any, reg: float, tol: float, shards: Shards = _ALONE
+    ):
+        self.scores, self.k, self.device, self.shards = scores, scores.k, scores.device, shards
         self._fused = _fused_reads(scores) if tol >= _FUSED_TOL else None
-        lowest, largest, self._barred = self._scan()
+        found, weights, problem = (0.0, 0.0, False), None, None
+        try:
+            found = self._scan()
+            if sample_weight is not None:
+                weights = _weights(sample_weight, scores.n, "sample_weight", self.device)
+        except ValueError as error:
+            problem = error
+        shards.agree(problem)
+        self.n_rows = scores.n
+        self.n = int(shards.sum(np.array([float(self.n_rows)]))[0])
+        negative, largest, barred = shards.max(-found[0], *found[1:])
+        lowest, self._barred = -negative, bool(barred)
         if not math.isfinite(lowest / reg):
             raise ValueError(f"reg={reg!r} is too small for scores that spread over {-lowest:g}.")
         self._floor = lowest - 100 * reg  # stands for -inf: a label of last resort
         self.spread = -(self._floor if self._barred else lowest)
-        if self._barred or largest > _ROUNDING * tol * reg:
+        if self._barred or largest > _ROUNDING * tol * reg or self.n_rows == 0:
             self._fused = None
         sharp = self.spread > _ROUNDING * tol * reg
         exact = scores.dtype == torch.float64 or not scores.dtype.is_floating_point
         fine = tol < _FUSED_TOL
         self.dtype = torch.float64 if exact or sharp or fine else torch.float32
-        self.n = scores.n
-        self.r = as_shares(sample_weight, self.n, "sample_weight", self.device)
-        self.uniform = sample_weight is None
+        self.uniform = weights is None
+        self.r = self._row_shares(weights)
         self._w = None if self.uniform else (self.r * self.n).float()
         # A small matrix is cleaned once and kept, a large one a chunk at a time in each read.
         self._kept: Tensor | None = None
-        if self._fused is None and scores.whole() and self.n * self.k <= _CHUNK:
+        small = 0 < self.n_rows * self.k <= _CHUNK
+        if self._fused is None and scores.whole() and small:
             ((_, (tile,)),) = scores.blocks([0])
             self._kept = self._clean(tile)
 
@@ -99,7 +116,38 @@ class Reader:
             for i, (read, tile) in enumerate(zip(reads, tiles, strict=True)):
                 of_tile = read(tile, rows)
                 found[i] = tuple(map(operator.add, found[i], of_tile)) if found[i] else of_tile
+        if not self.shards.alone:
+            found = self._of_all(asks, found)
         return [_as_sums(ask, *parts) for ask, parts in zip(asks, found, strict=True)]
+
+    def _of_all(self, asks: list[Ask], found: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """The sums over the rows of all processes, in one reduction."""
+        shapes = [[(2, self.k), *([(), (self.k, self.k)] if ask.gram else [])] for ask in asks]
+        flat = [
+            np.asarray(part.cpu() if isinstance(part, Tensor) else part, np.float64).ravel()
+            for parts, of in zip(found, shapes, strict=True)
+            for part in parts or map(np.zeros, of)  # of no rows
+        ]
+        total, start, summed = self.shards.sum(np.concatenate(flat)), 0, []
+        for of in shapes:
+            parts = []
+            for shape in of:
+                stop = start + math.prod(shape)
+                parts.append(total[start:stop].reshape(shape))
+                start = stop
+            summed.append(tuple(parts))
+        return summed
+
+    def _row_shares(self, weights: Tensor | None) -> Tensor:
+        """Weights of the rows of this process, that sum to one over those of all."""
+        if weights is None:
+            share = torch.full((1,), 1.0 / self.n, dtype=torch.float64, device=self.device)
+            return share.expand(self.n_rows)
+        (largest,) = self.shards.max(float(weights.max()) if self.n_rows else 0.0)
+        if largest <= 0:
+            raise ValueError("sample_weight must be finite, non-negative and not all zero.")
+        weights = weights / largest  # the sum of huge weights would overflow
+        return weights / float(self.shards.sum(np.array([float(weights.sum())]))[0])
 
     def _read(self, ask: Ask) -> Callable[[Tensor, slice], tuple[Any, ...]]:
         """What a tile adds: ([shares, squares],), and (value, Gram matrix) if asked for."""
@@ -139,7 +187,7 @@ class Reader:
 
     def largest(self, asks: list[Ask]) -> list[Tensor]:
         """For each head the largest entry of each row of q; -1 less it where there are ties."""
-        labels = [torch.empty(self.n, dtype=torch.int64, device=self.device) for _ in asks]
+        labels = [torch.empty(self.n_rows, dtype=torch.int64, device=self.device) for _ in asks]
         for rows, tiles in self._tiles(asks):
             for out, ask, tile in zip(labels, asks, tiles, strict=True):
                 if self._fused is not None and self._fused.largest(tile, ask, _TIE, out[rows]):
@@ -189,24 +237,32 @@ class Reader:
         return clean.div_(ask.reg).add_(shift)
 
 
-def _as_sums(ask: Ask, sums: Any, value: float = 0.0, gram: Tensor | None = None) -> Sums:
+def _as_sums(ask: Ask, sums: Any, value: Any = 0.0, gram: Any = None) -> Sums:
     m, squares = sums.cpu().numpy() if isinstance(sums, Tensor) else sums
     m = np.maximum(m, _STARVED)
-    return Sums(m, squares, ask.reg * value, None if gram is None else gram.cpu().numpy())
+    gram = gram.cpu().numpy() if isinstance(gram, Tensor) else gram
+    return Sums(m, squares, ask.reg * float(value), gram)
 
 
 def as_shares(weights: Any, size: int, name: str, device: torch.device | None = None) -> Tensor:
     """Non-negative weights scaled to sum to one, float64; None is uniform."""
     if weights is None:
         return torch.full((1,), 1.0 / size, dtype=torch.float64, device=device).expand(size)
+    w = _weights(weights, size, name, device)
+    if w.max() <= 0:
+        raise ValueError(f"{name} must be finite, non-negative and not all zero.")
+    w = w / w.max()  # the sum of huge weights would overflow
+    return w / w.sum()
+
+
+def _weights(weights: Any, size: int, name: str, device: torch.device | None) -> Tensor:
     w = weights.detach() if isinstance(weights, Tensor) else torch.as_tensor(np.array(weights))
     w = w.to(device, torch.float64)
     if w.shape != (size,):
         raise ValueError(f"{name} must have shape ({size},), got {tuple(w.shape)}.")
-    if not w.isfinite().all() or (w < 0).any() or w.max() <= 0:
+    if not w.isfinite().all() or (w < 0).any():
         raise ValueError(f"{name} must be finite, non-negative and not all zero.")
-    w = w / w.max()  # the sum of huge weights would overflow
-    return w / w.sum()
+    return w
 
 
 def _scan_tile(tile: Tensor) -> tuple[float, float, bool]:

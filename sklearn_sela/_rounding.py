@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,12 +21,14 @@ def read_labels(reader: Reader, asks: list[Ask], limit: float | None) -> list[Te
     """
     out = []
     for ask, labels in zip(asks, reader.largest(asks), strict=True):
-        if labels.min() < 0:
+        if (labels < 0).any():
             _split_ties(reader, ask, labels)
         live = labels if reader.uniform else labels[reader.r > 0]
-        if limit is not None and len(live) * (1 - limit) > 1 - 1e-9:  # owed to others
-            least, most = live.aminmax()
-            if least == most:
+        n = float(reader.shards.sum(np.array([float(len(live))]))[0])
+        if limit is not None and n * (1 - limit) > 1 - 1e-9:  # owed to others
+            ends = [-float(live.min()), float(live.max())] if len(live) else [-math.inf] * 2
+            least, most = reader.shards.max(*ends)
+            if -least == most:
                 _split_collapse(reader, ask, labels, int(most))
         out.append(labels)
     return out
@@ -50,6 +54,8 @@ def _split_collapse(reader: Reader, ask: Ask, labels: Tensor, top: int) -> None:
     leaves, as its share of top is at most the cluster's.
     """
     live = torch.nonzero(reader.r > 0).flatten()
+    if not len(live):  # all are elsewhere
+        return
     sure = torch.cat([q[:, top] for _, q in reader.solution(ask)])[live]
     u = torch.zeros_like(reader.r)
     ranks = (torch.arange(len(live), device=u.device).to(u) + 0.5) / len(live)

@@ -25,14 +25,20 @@ class Scores:
     head : (weight, bias), default=None
         Linear heads, weight (K, D) or (T, K, D) and bias (K,), (T, K) or None: the scores are
         ``features @ weight.T + bias``, a block at a time.
+    some_elsewhere : bool, default=False
+        Whether other processes have rows, too: this one may have none.
     """
 
-    def __init__(self, source: Any, head: tuple[Any, Any] | None = None):
+    def __init__(
+        self, source: Any, head: tuple[Any, Any] | None = None, some_elsewhere: bool = False
+    ):
+        self._may_be_empty = some_elsewhere
         self.source, self.n = _readable(source), 0  # rows: known once read
         self.of_tensors = isinstance(source, Tensor)  # of a callable: what its blocks are
         if not callable(self.source):
             self.n = len(self.source) if self.source.ndim else 0
-            if self.source.ndim != 2 or 0 in self.source.shape:
+            sizes = self.source.shape[1:] if some_elsewhere else self.source.shape
+            if self.source.ndim != 2 or 0 in sizes:
                 what = "scores" if head is None else "features"
                 shape = tuple(self.source.shape)
                 raise ValueError(f"{what} must be a non-empty (n, K) matrix, got shape {shape}.")
@@ -71,7 +77,7 @@ class Scores:
                 rows = slice(start, start + part.shape[0])
                 start = rows.stop
                 yield rows, [self._tile(part, head) for head in heads]
-        if start == 0:
+        if start == 0 and not self._may_be_empty:
             raise ValueError("scores hold no rows.")
         if self.n not in (0, start):
             raise self._other_rows(str(start))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sklearn_sela._descent import in_all, solve
+from sklearn_sela._distributed import Shards
 from sklearn_sela._kernels import Ask, Reader, as_shares
 from sklearn_sela._marginals import Capped, Exact, Relaxed, Vector
 from sklearn_sela._rounding import read_labels, round_labels, size_limits
@@ -54,6 +55,7 @@ def sinkhorn_labels(
     potential: Any = None,
     return_assignment: bool = False,
     warn: bool = True,
+    group: Any = None,
 ) -> SinkhornResult:
     r"""Label samples so that clusters get the sizes asked for, at the least cost.
 
@@ -121,6 +123,12 @@ def sinkhorn_labels(
     warn : bool, default=True
         Warn when not converged. A training loop that solves again soon, from this
         potential, may prefer to read ``converged``.
+    group : torch.distributed.ProcessGroup, default=None
+        Processes that have other rows each, any number of them, of the same problem, and call
+        this at once with the same parameters. Rows stay where they are: an iteration sums
+        2 K numbers over the processes (of the Newton steps that end sharp problems, K ** 2).
+        Each gets the labels of its own rows; the rest is the same on all. Not with
+        ``exact_sizes``.
 
     Returns
     -------
@@ -179,10 +187,20 @@ def sinkhorn_labels(
         raise ValueError(f"max_iter must be a whole number, got {max_iter!r}.")
     if exact_sizes and (sample_weight is not None or not math.isinf(reg_m)):
         raise ValueError("exact_sizes counts rows: leave out sample_weight and reg_m.")
-    source = Scores(scores, head)
-    with full_precision(source.device):
+    if exact_sizes and group is not None:
+        raise ValueError("exact_sizes needs all rows in one process: leave out group.")
+    shards, problem = Shards(group), None
+    try:
+        source = Scores(scores, head, some_elsewhere=not shards.alone)
         marginal, used = _marginal(source.k, cluster_weights, reg_m, max_share)
-        reader = Reader(source, sample_weight, reg, tol)
+    except (ValueError, TypeError) as error:
+        problem = error
+    shards.agree(problem)
+    most, least = shards.max(source.k, -source.k)
+    if most != -least:
+        raise ValueError(f"Processes of the group have scores of {-least:g} to {most:g} clusters.")
+    with full_precision(source.device):
+        reader = Reader(source, sample_weight, reg, tol, shards)
         starts = _starts(potential, source, used, reg, reader.spread)
         if reg_m == 0:
             solved = [(np.zeros_like(v), 1, 0.0) for v in starts]
@@ -254,7 +272,7 @@ def _array(x: Any) -> NDArray[np.float64]:
 
 
 def _assignment(reader: Reader, ask: Ask) -> Tensor:
-    out = torch.empty(reader.n, reader.k, dtype=reader.dtype, device=reader.device)
+    out = torch.empty(reader.n_rows, reader.k, dtype=reader.dtype, device=reader.device)
     for rows, q in reader.solution(ask):
         out[rows] = q
     return out
