@@ -33,10 +33,12 @@ def page() -> str:
     things = {"SelfLabelClusterer": SelfLabelClusterer, **methods}
     things |= {name: getattr(sklearn_sela, name) for name in sorted(sklearn_sela.__all__)[1:]}
     for module in (metrics, evaluation, display):
+        known = getattr(module, "__all__", None)
         things |= {
             f"{module.__name__.split('.')[1]}.{name}": thing
             for name, thing in inspect.getmembers(module, callable)
-            if getattr(thing, "__module__", "") == module.__name__ and not name.startswith("_")
+            if (thing.__module__ == module.__name__ if known is None else name in known)
+            and not name.startswith("_")
         }
     sections = "\n".join(section(name, thing) for name, thing in things.items())
     title = f"sklearn_sela {sklearn_sela.__version__}"

@@ -5,7 +5,11 @@ How many clusters?
 Compares numbers of clusters with :class:`~sklearn_sela.SelfLabelClusterer`, with no class
 known, and draws the score of each, with its spread over seeds. For your own data, change the
 line that loads ``X``: images, (n, height, width) or (n, channels, height, width), or a table.
+
+    python examples/plot_choose_k.py [SEEDS]
 """
+
+import sys
 
 import matplotlib
 
@@ -19,7 +23,7 @@ from sklearn_sela import SelfLabelClusterer
 X = load_digits().images
 
 PICTURE = "n_clusters.png"
-SEEDS = 3
+SEEDS = int(sys.argv[1]) if sys.argv[1:] else 3
 
 fits = []
 for seed in range(SEEDS):

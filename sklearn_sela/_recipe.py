@@ -130,7 +130,7 @@ class Rounds:
         def as_if_ended() -> dict[str, Any]:
             first = copy.deepcopy(network)
             rounds = replace(self, backbone=first.backbone)
-            return self.attributes(rounds.cluster_features(first, Ended.STOPPED, 0))
+            return self._seen(rounds.cluster_features(first, Ended.STOPPED, 0))
 
         def learn() -> Round:
             n_heads = self.recipe.n_heads
@@ -212,12 +212,18 @@ class Rounds:
             return Fitted(network, best_head, own, weights, comparison, error, ended)
 
         def as_if_ended() -> dict[str, Any]:
-            return self.attributes(fitted(copy.deepcopy(network), Ended.STOPPED))
+            return self._seen(fitted(copy.deepcopy(network), Ended.STOPPED))
 
         if epochs:
             stage = self.journal.stage("clusters", epochs)
             ended = self._train(stage, network, near, state, as_if_ended)
         return fitted(network, ended)
+
+    def _seen(self, fitted: Fitted) -> dict[str, Any]:
+        """The attributes of what callbacks look at; Ctrl-C meanwhile is for the fit."""
+        if fitted.ended == Ended.INTERRUPTED:
+            raise KeyboardInterrupt
+        return self.attributes(fitted)
 
     def _network(self, n_clusters: int) -> SelfLabelNetwork:
         r = self.recipe

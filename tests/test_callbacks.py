@@ -20,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import GridSearchCV
 
-from sklearn_sela import SelfLabelClusterer, _training, metrics
+from sklearn_sela import SelfLabelClusterer, _recipe, _training, metrics
 
 X, Y = make_blobs(200, centers=4, n_features=6, random_state=0)
 FEATURES, CLUSTERS = ["features"] * 2, ["clusters"] * 2
@@ -188,6 +188,22 @@ def test_fitted_estimator_stays_as_it_is_while_training_goes_on():
     for fitted, proba in keep.seen:
         if not isinstance(fitted, str):
             np.testing.assert_array_equal(fitted.predict_proba(X), proba)
+
+
+@pytest.mark.parametrize(("call", "n_epochs"), [(1, 1), (3, 3)])
+def test_ctrl_c_while_a_callback_looks_ends_the_fit(call, n_epochs, monkeypatch):
+    choose, calls = _recipe.choose_head, []
+
+    def interrupted(joint):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return choose(joint)
+
+    monkeypatch.setattr(_recipe, "choose_head", interrupted)
+    with pytest.warns(ConvergenceWarning, match=f"last complete epoch, {n_epochs} of 4"):
+        fitted = clusterer().set_callbacks(Look()).fit(X)
+    assert fitted.n_iter_ == n_epochs
 
 
 def test_callbacks_see_x_and_y_as_given():

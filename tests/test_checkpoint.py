@@ -59,7 +59,8 @@ class StopAt:
 # In processes of their own ---------------------------------------------------------------
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["sklearn_sela", "sklearn.datasets"])
+# With what torch's optimisers import at first: seconds that each process would take anew.
+PROCESSES.set_forkserver_preload(["sklearn_sela", "sklearn.datasets", "torch._dynamo"])
 EPOCHS = 6
 
 

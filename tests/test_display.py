@@ -146,6 +146,41 @@ def test_many_clusters_are_limited_to_the_largest_and_it_says_so():
     assert chosen.sizes == [4, 2]
 
 
+def test_halves_that_nobody_fills_are_left_out():
+    display = ClusterGalleryDisplay.from_predictions(
+        np.zeros((6, 2, 2)), [0] * 4 + [1] * 2, range(6)
+    )
+    assert display.shown.shape == (2, 10)
+    drawn(display)
+    assert [t.get_text() for t in display.ax_.get_xticklabels()] == ["most typical"]
+
+
+@pytest.mark.parametrize(("n_images", "n_clusters"), [(1, 50), (2, 5), (10, 3), (40, 20)])
+def test_galleries_are_of_a_size_to_look_at(n_images, n_clusters):
+    labels = np.repeat(np.arange(n_clusters), 60)
+    images = np.zeros((len(labels), 8, 8))
+    display = ClusterGalleryDisplay.from_predictions(
+        images, labels, labels, n_images=n_images, clusters=range(n_clusters)
+    )
+    width, height = display.figure_.get_size_inches()
+    assert 3 <= width <= 9
+    assert height <= 1 + 0.7 * n_clusters
+
+
+@pytest.mark.parametrize(
+    ("labels", "parameters", "message"),
+    [
+        ([0, 1, 2], {"clusters": [7]}, r"clusters=\[7\] are unknown; there are 0 to 2"),
+        ([0, 1, 2], {"clusters": [-1]}, r"clusters=\[-1\] are unknown"),
+        ([0, 1, 2], {"n_images": 0}, "n_images must be 1 or more"),
+        ([-1, -1, -1], {}, "no cluster"),
+    ],
+)
+def test_what_cannot_be_shown_is_named(labels, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        ClusterGalleryDisplay.from_predictions(np.zeros((3, 2, 2)), labels, range(3), **parameters)
+
+
 def test_files_are_shown(tmp_path):
     for i, image in enumerate(DIGITS[:60]):
         Image.fromarray((16 * image).clip(0, 255).astype(np.uint8)).save(tmp_path / f"{i:02}.png")
@@ -181,7 +216,9 @@ def test_the_loss_is_beside_the_ln_k_of_its_round(digits):
         (segment,) = ln_k.get_segments()
         np.testing.assert_allclose(segment[:, 1], math.log(part.n_clusters.iloc[0]))
         np.testing.assert_allclose(segment[:, 0], [part.epoch.min() + 0.5, part.epoch.max() + 1.5])
-    assert [bar.get_height() for bar in display.changed_] == list(history.changed)
+    solved = history[history.solver_iterations > 0]
+    assert 0 < len(solved) < len(history)  # the first epoch of a round has no solve
+    assert [bar.get_height() for bar in display.changed_] == list(solved.changed)
     low, high = display.ax_.get_ylim()
     assert low == 0
     assert high > max(history.loss.max(), math.log(history.n_clusters.max()))
@@ -189,6 +226,7 @@ def test_the_loss_is_beside_the_ln_k_of_its_round(digits):
 
 def test_one_round_of_one_epoch_is_drawn():
     row = {"epoch": 0, "stage": "clusters", "n_clusters": 1, "loss": 0.0, "changed": 0.0}
+    row["solver_iterations"] = 0
     display = drawn(TrainingCurveDisplay(pd.DataFrame([row])).plot())
     assert len(display.loss_) == 1
 
@@ -238,7 +276,7 @@ def test_a_map_has_a_dot_for_each_sample_in_the_colour_of_its_cluster(vectors):
     for cluster, text in display.texts_.items():
         assert text.get_text() == str(cluster)
         own = expected[labels == cluster]
-        assert np.abs(own - text.get_position()).sum(1).min() < 1e-4  # at one of its samples
+        assert np.abs(own - text.xy).sum(1).min() < 1e-4  # at one of its samples
 
 
 def test_large_maps_are_sampled_alike_each_time_and_say_so():
@@ -262,6 +300,23 @@ class Swap:
         return X[:, ::-1]
 
 
+def test_colours_that_clusters_share_are_far_apart():
+    positions = np.repeat(np.arange(12.0), 20)[:, None] * [1, 0]
+    labels = np.repeat(np.arange(12), 20)
+    display = FeatureMapDisplay(positions, labels, 240).plot()
+    colours = display.points_.get_facecolors()[::20]
+    assert len(np.unique(colours, axis=0)) == 10
+    for a in range(12):
+        for b in range(a):
+            assert (colours[a] != colours[b]).any() or a - b >= 9
+
+
+def test_large_data_are_drawn_from_before_they_are_read(vectors):
+    display = FeatureMapDisplay.from_estimator(vectors, X, reduction="pca", max_samples=50)
+    assert len(display.labels) == 50
+    assert display.n_samples == 200
+
+
 @pytest.mark.parametrize("n", [4, 60])
 def test_maps_reduce_by_tsne_or_any_transformer(n):
     features = np.random.default_rng(0).normal(size=(n, 2)).astype(np.float32)
@@ -272,6 +327,14 @@ def test_maps_reduce_by_tsne_or_any_transformer(n):
     np.testing.assert_array_equal(display.positions, features[:, ::-1])
     with pytest.raises(ValueError, match="reduction='mds' is unknown"):
         FeatureMapDisplay.from_predictions(features, labels, reduction="mds")
+    with pytest.raises(ValueError, match="two dimensions"):
+        FeatureMapDisplay.from_predictions(features, labels, reduction=PCA(1))
+
+
+def test_a_transformer_is_not_fitted_in_place():
+    pca = PCA(2)
+    FeatureMapDisplay.from_predictions(np.eye(9), np.arange(9) % 2, reduction=pca)
+    assert not hasattr(pca, "components_")
 
 
 # All
