@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 _KIND = "sklearn_sela estimator, version 1"
+_LONGEST = 1 << 20  # range: a few bytes of a file must not become gigabytes
 
 
 class UnstorableError(TypeError):
@@ -54,17 +55,23 @@ def read(path: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"it is no such file, or damaged ({error})") from error
     if metadata.get("kind") != _KIND:
-        raise ValueError(f"its kind is {metadata.get('kind')!r:.80}, not {_KIND!r}")
+        raise ValueError(
+            f"its kind is {metadata.get('kind')!r:.80}, and this version of sklearn_sela reads "
+            f"{_KIND!r}"
+        )
     text = metadata.get("content", "")
     if metadata.get("sha256") != _digest(text, arrays):
         raise ValueError("its checksum is wrong: it has been changed, or is damaged")
-    return _decode(json.loads(text), arrays)
+    content = _decode(json.loads(text), arrays)
+    if arrays:
+        raise ValueError(f"it holds {len(arrays)} arrays that are of nothing")
+    return content
 
 
 def storable(value: Any) -> bool:
     try:
         _encode(value, {})
-    except UnstorableError:
+    except TypeError:  # also what torch says of tensors that NumPy has no type for
         return False
     return True
 
@@ -86,11 +93,11 @@ def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
 
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and _is_plain(value.dtype):
         return ["scalar", value.dtype.str, _encode(value.item(), arrays)]
     if isinstance(value, list | tuple):
-        return [type(value).__name__, *several(value)]
-    if isinstance(value, range):
+        return ["list" if isinstance(value, list) else "tuple", *several(value)]
+    if isinstance(value, range) and len(value) <= _LONGEST:
         return ["range", value.start, value.stop, value.step]
     if isinstance(value, os.PathLike):
         return ["path", os.fspath(value)]
@@ -102,7 +109,7 @@ def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return {key: _encode(v, arrays) for key, v in value.items()}
     if isinstance(value, Tensor):
         return ["tensor", _encode(value.detach().cpu().numpy(), arrays)]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+    if isinstance(value, np.ndarray) and _is_plain(value.dtype):
         name = str(len(arrays))
         arrays[name] = np.asarray(smallest(value), order="C")
         return ["array", name, value.dtype.str]
@@ -111,7 +118,8 @@ def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     raise UnstorableError(type(value).__name__)
 
 
-def _decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+def _decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """The value; its arrays are taken out: each is one of the file's own, none is there twice."""
     if isinstance(value, dict):
         return {key: _decode(v, arrays) for key, v in value.items()}
     if not isinstance(value, list):
@@ -119,28 +127,39 @@ def _decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     kind, *parts = value
     if kind == "array":
         name, dtype = parts
-        array = arrays[name]
-        _plain(array.dtype.str, "biuf")
-        return array.astype(_plain(dtype, "biuf"))
+        if name not in arrays:
+            raise ValueError(f"it holds no array {name!r:.20}, or that is of something else")
+        _plain(arrays[name].dtype)
+        return arrays.pop(name).astype(_plain(dtype))
     if kind == "frame":
         return pd.DataFrame({name: [_decode(v, arrays) for v in column] for name, column in parts})
     parts = [_decode(part, arrays) for part in parts]
     makers: dict[Any, Any] = {
         "list": lambda *parts: [*parts],
         "tuple": lambda *parts: parts,
-        "range": range,
+        "range": _range,
         "path": Path,
         "device": torch.device,
         "tensor": torch.from_numpy,
         "names": lambda *names: np.array(names, dtype=object),
-        "scalar": lambda dtype, item: _plain(dtype, "biufU").type(item),
+        "scalar": lambda dtype, item: _plain(dtype).type(item),
     }
     return makers[kind](*parts)
 
 
-def _plain(dtype: str, kinds: str) -> np.dtype:
-    """A type of NumPy's that a few bytes cannot blow up to gigabytes."""
-    if np.dtype(dtype).kind not in kinds:
+def _range(*bounds: int) -> range:
+    if len(found := range(*bounds)) > _LONGEST:
+        raise ValueError(f"{found} is too long")
+    return found
+
+
+def _is_plain(dtype: np.dtype) -> bool:
+    return dtype.kind in "biuf" and dtype.itemsize <= 8
+
+
+def _plain(dtype: Any) -> np.dtype:
+    """A type of numbers, which a few bytes cannot blow up to gigabytes."""
+    if not _is_plain(np.dtype(dtype)):
         raise ValueError(f"arrays of {dtype!r:.20} are not known")
     return np.dtype(dtype)
 

@@ -33,8 +33,9 @@ from sklearn_sela._journal import Journal
 from sklearn_sela._memory import remember_by
 from sklearn_sela._model import Model
 from sklearn_sela._network import rows_at_once
-from sklearn_sela._persistence import load_estimator, packed, save_estimator, unpacked
+from sklearn_sela._persistence import packed, unpacked
 from sklearn_sela._recipe import Fitted, Recipe, Rounds
+from sklearn_sela._saving import load_estimator, save_estimator
 from sklearn_sela._selection import combined_score
 from sklearn_sela._training import Ended, Schedule
 from sklearn_sela._validation import (
@@ -541,6 +542,8 @@ class SelfLabelClusterer(
         ------
         NotFittedError
             Before ``fit``.
+        ValueError, TypeError
+            For parameters, set since, that ``fit`` would refuse.
         OSError
             For a path that cannot be written.
         """
@@ -557,6 +560,7 @@ class SelfLabelClusterer(
         **given : dict
             Parameters that were code when it was saved, such as a ``backbone`` of your own, an
             ``augment`` that is a function, or a ``RandomState``. An error names those missing.
+            For predictions alone, None will do for ``random_state`` and ``memory``.
 
         Returns
         -------

@@ -72,9 +72,10 @@ def to_exported_program(clusterer: Any) -> Any:
     check_is_fitted(clusterer)
     model: Model = clusterer._model
     shape = model.scaler.image_shape or (model.n_values,)
-    rows = torch.zeros(2, *shape)  # of one row, n would be taken for a constant
+    # Of one row, n would be taken for a constant.
+    rows = torch.zeros(2, *shape, dtype=torch.float32)
     shapes = ({0: torch.export.Dim("n", min=1)},)
-    return torch.export.export(_Graph(model), (rows,), dynamic_shapes=shapes)
+    return torch.export.export(_Graph(model), (rows,), dynamic_shapes=shapes, strict=False)
 
 
 def to_onnx(clusterer: Any, path: Any) -> None:

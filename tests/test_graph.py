@@ -76,6 +76,16 @@ def test_onnx_model_predicts_the_same(fitted, tmp_path):
         assert torch.equal(weights, before[name])
 
 
+def test_exported_program_is_float32_whatever_the_default():
+    estimator = SelfLabelClusterer(4, max_epochs=2, random_state=0).fit(VECTORS)
+    torch.set_default_dtype(torch.float64)
+    try:
+        program = to_exported_program(estimator).module()
+        assert_right(estimator, VECTORS, program(torch.from_numpy(VECTORS)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_exported_program_needs_none_of_this_package(tmp_path):
     X = VECTORS
     estimator = SelfLabelClusterer(4, backbone=own, max_epochs=2, random_state=0).fit(X)

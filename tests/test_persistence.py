@@ -7,13 +7,16 @@ import copy
 import io
 import json
 import pickle
+import resource
 import warnings
+from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.numpy import load as read_arrays
 from safetensors.numpy import save as write_arrays
@@ -24,7 +27,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 import sklearn_sela
-from sklearn_sela import SelfLabelClusterer, _archive
+from sklearn_sela import SelfLabelClusterer, _archive, _saving
 
 DIGITS = load_digits().images
 X, _ = make_blobs(200, centers=4, n_features=6, random_state=0)
@@ -171,6 +174,14 @@ def test_a_pickle_from_a_device_that_is_not_here_opens(vectors, moved_for_good):
         here.fit(X)
 
 
+def test_an_augment_on_a_device_that_is_not_here_comes_along(moved_for_good):
+    estimator = clusterer(augment=nn.BatchNorm1d(6).eval()).fit(X)
+    move_away(estimator.augment)
+    here = pickle.loads(pickle.dumps(estimator))
+    for augment in (here.augment, here._model.views.augment):
+        assert {str(t.device) for t in augment.state_dict().values()} == {"cpu"}
+
+
 @pytest.mark.parametrize("value", [{"a": torch.ones(2)}, torch.tensor([0, 1] * 100)])
 def test_tensors_among_the_parameters_come_along(vectors, value):
     other = copy.deepcopy(vectors).set_params(init=value)
@@ -260,6 +271,26 @@ def test_a_file_gives_the_estimator_back(name, tmp_path):
     np.testing.assert_array_equal(fit(other, data).labels_, estimator.labels_)
 
 
+def test_a_file_holds_all_that_is_fitted(vectors):
+    fitted = vars(vectors).keys() - vectors.get_params().keys() - vectors._model.attributes().keys()
+    assert fitted == _saving._ATTRIBUTES.keys()
+
+
+def test_a_file_remembers_the_kind_of_output(vectors, tmp_path):
+    other = saved(copy.deepcopy(vectors).set_output(transform="pandas"), tmp_path)
+    assert isinstance(other.transform(X), pd.DataFrame)
+
+
+def test_lazy_modules_are_made_of_the_weights(tmp_path):
+    def lazy():
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU())
+
+    estimator = fit(clusterer(backbone=lazy), DIGITS[:100])
+    other = saved(estimator, tmp_path, backbone=lazy)
+    assert_same(copy.deepcopy(other), other, DIGITS[:100])
+    assert_same(estimator, other, DIGITS[:100])
+
+
 def test_a_file_is_as_large_as_the_weights(digits, tmp_path):
     digits.save(tmp_path / "digits")
     assert (tmp_path / "digits").stat().st_size < 1.1 * weights_of(digits)
@@ -298,7 +329,7 @@ def test_a_backbone_of_ones_own_is_given_again(backbone, tmp_path):
     assert_same(estimator, other, X)
     with pytest.raises(ValueError, match="weights: are they of the same backbone"):
         saved(estimator, tmp_path, backbone=nn.Linear(6, 8))
-    with pytest.raises(ValueError, match="n_features"):
+    with pytest.raises(ValueError, match="weights: are they of the same backbone"):
         saved(estimator, tmp_path, backbone=nn.Linear(6, 9))
 
 
@@ -315,6 +346,42 @@ def test_all_that_is_code_is_given_again(tmp_path):
 def test_what_a_file_holds_is_not_given(vectors, tmp_path):
     with pytest.raises(ValueError, match=r"n_clusters= is not for load.*set_params"):
         saved(vectors, tmp_path, n_clusters=5)
+
+
+def test_what_is_no_parameter_is_not_given(vectors, tmp_path):
+    with pytest.raises(ValueError, match="colour= is no parameter of SelfLabelClusterer"):
+        saved(vectors, tmp_path, colour=5)
+
+
+def test_what_was_fitted_counts_whatever_is_set_since(tmp_path):
+    estimator = fit(clusterer(backbone=net, augment=torch.clone, n_neighbors=3), X)
+    estimator.set_params(backbone="mlp", augment="auto", n_neighbors=7)
+    with pytest.raises(ValueError, match="saved with augment and backbone of one's own"):
+        saved(estimator, tmp_path)
+    assert_same(estimator, saved(estimator, tmp_path, backbone=net, augment=torch.clone), X)
+
+
+def test_what_could_not_be_loaded_is_not_saved(vectors, tmp_path):
+    with pytest.raises(ValueError, match="reg must be > 0"):
+        copy.deepcopy(vectors).set_params(reg=-1.0).save(tmp_path / "no")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_loading_makes_no_folders(vectors, tmp_path):
+    memory, run = str(tmp_path / "memory"), tmp_path / "run"
+    other = saved(copy.deepcopy(vectors).set_params(memory=memory, checkpoint_dir=run), tmp_path)
+    assert (other.memory, other.checkpoint_dir) == (memory, run)
+    assert [path.name for path in tmp_path.iterdir()] == ["estimator.safetensors"]
+
+
+def test_another_version_is_named_where_a_file_does_not_fit(small, tmp_path):
+    def change(content, arrays):
+        content["sklearn_sela"] = "0.0.1"
+        content["attributes"]["n_clusters_"] = 7
+
+    (tmp_path / "file").write_bytes(with_right_checksum(small[1], change))
+    with pytest.raises(ValueError, match=rf"0\.0\.1; this is {sklearn_sela.__version__}"):
+        SelfLabelClusterer.load(tmp_path / "file", backbone=nn.Linear(6, 4))
 
 
 def test_a_file_is_placed_where_the_device_is(vectors, tmp_path):
@@ -502,6 +569,24 @@ FORGED = {
     "history of one number": put("attributes", "history_", 1),
     "other parameters to give": put("to_be_given", ["list", "backbone", "colour"]),
     "all is a list": put("model", ["list"]),
+    "unknown device": put("parameters", "device", "banana"),
+    "image_shape of text": put("parameters", "image_shape", "banana"),
+    "one number as labels to start from": put("parameters", "init", 3),
+    "memory of one number": put("parameters", "memory", 3),
+    "range beyond all": put("parameters", "n_clusters", ["range", 2, 10**30, 1]),
+    "huge range": put("parameters", "cluster_sizes", ["range", 1, HUGE, 1]),
+    "images of two sizes": put("model", "image_shape", ["tuple", 2, 3]),
+    "scale of another array": put("model", "scale", ["array", "0", "<f8"]),
+    "unknown augment": put("model", "views", "augment", "banana"),
+    "neighbours below none": put("model", "views", "n_neighbors", -3),
+    "views of images": put("model", "views", "images", True),
+    "rate of text": put("model", "schedule", "learning_rate", "banana"),
+    "a flag of text": put("model", "one_thread", "banana"),
+    "names of other features": put("attributes", "feature_names_in_", ["names", "a"]),
+    "skipped of one number": put("attributes", "skipped_", 3),
+    "scores of one number": put("attributes", "n_clusters_scores_", 3),
+    "loss of text": put("attributes", "loss_", "banana"),
+    "unknown output": put("attributes", "_sklearn_output_config", {"transform": "banana"}),
 }
 
 
@@ -510,6 +595,117 @@ def test_forged_files_are_refused(name, small, tmp_path, no_code):
     (tmp_path / "file").write_bytes(with_right_checksum(small[1], FORGED[name]))
     with pytest.raises(ValueError, match="file"):
         SelfLabelClusterer.load(tmp_path / "file", backbone=nn.Linear(6, 4))
+
+
+def edited(name, change):
+    """A change of the numbers of the model's arrays of a name."""
+
+    def change_arrays(content, arrays):
+        for part in (content["model"], *content["model"]["meanings"][1:]):
+            if name in part:
+                arrays[part[name][1]] = change(arrays[part[name][1]])
+
+    return change_arrays
+
+
+NUMBERS = {
+    "scale below zero": edited("scale", np.negative),
+    "infinite shift": edited("shift", lambda a: a + np.inf),
+    "shares that are no numbers": edited("data", lambda a: a * np.nan),
+    "clusters beyond all": edited("row", lambda a: a + np.uint8(100)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_forged_numbers_are_refused(name, small, tmp_path, no_code):
+    (tmp_path / "file").write_bytes(with_right_checksum(small[1], NUMBERS[name]))
+    with pytest.raises(ValueError, match="file"):
+        SelfLabelClusterer.load(tmp_path / "file", backbone=nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "deeplabv3_resnet50"])
+def test_a_forged_file_fetches_no_weights(name, tmp_path, monkeypatch):
+    def fetch(*_, **__):
+        raise SystemExit("something would be fetched")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fetch)
+    fit(clusterer(2, backbone="mnasnet0_5", freeze=True, max_epochs=2), COLOUR).save(tmp_path / "a")
+    forged = with_right_checksum((tmp_path / "a").read_bytes(), put("model", "backbone", name))
+    (tmp_path / "file").write_bytes(forged)
+    with pytest.raises(ValueError, match="wrong backbone"):
+        SelfLabelClusterer.load(tmp_path / "file")
+
+
+@pytest.fixture
+def little_memory():
+    """Half a gigabyte more than is in use; what asks for more gets a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + (1 << 29)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def large_images(content, arrays):
+    """Two of them, and the weights for them, would be gigabytes."""
+    side = 10_000
+    content["model"] |= {"image_shape": ["tuple", 1, side, side], "n_values": side * side}
+    content["model"]["views"]["images"] = True
+    for name in ("shift", "scale"):
+        arrays[content["model"][name][1]] = np.ones((1, 1, 1))
+
+
+def same_array_often(content, arrays):
+    arrays["many"] = np.zeros(1 << 17, np.uint8)  # a megabyte of float64
+    content["attributes"]["skipped_"] = ["list", *[["array", "many", "<f8"]] * 1000]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [(large_images, "weights: are they of"), (same_array_often, "no array 'many'")],
+)
+def test_a_forged_file_takes_little_memory(change, what, small, tmp_path, little_memory):
+    (tmp_path / "file").write_bytes(with_right_checksum(small[1], change))
+    with pytest.raises(ValueError, match=what):
+        SelfLabelClusterer.load(
+            tmp_path / "file", backbone=lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+        )
+
+
+def leaves(content):
+    """(container, key) of all values of the text but its largest lists."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield content, key
+        if isinstance(value, dict | list):
+            yield from leaves(value)
+
+
+def test_values_forged_at_random_are_refused_or_make_an_estimator_that_works(
+    small, tmp_path, no_code
+):
+    rng, path = np.random.default_rng(0), tmp_path / "file"
+    values = [None, True, -1, 0, 3, HUGE, 0.5, float("nan"), "auto", "banana", [], {}, ["list"]]
+    refused = works = 0
+    for _ in range(600):
+
+        def change(content, arrays):
+            places = [*leaves(content)]
+            container, key = places[int(rng.integers(len(places)))]
+            container[key] = copy.deepcopy(values[int(rng.integers(len(values)))])
+
+        path.write_bytes(with_right_checksum(small[1], change))
+        try:
+            other = SelfLabelClusterer.load(path, backbone=nn.Linear(6, 4))
+        except ValueError as error:
+            refused += str(path) in str(error) or "is no parameter" in str(error)
+        else:
+            works += 1
+            assert other.predict(X).shape == (200,)
+            assert np.isfinite(other.confidence(X)).all()
+    print(f"{refused} refused, {works} work")
+    assert refused + works == 600
+    assert refused > 300
 
 
 def test_forged_arrays_are_refused(small, tmp_path, no_code):
@@ -552,6 +748,7 @@ def test_what_is_written_is_read():
         "numbers": [1, -2.5, float("inf"), True],
         "text": "\u00e9\u2603",
         "tuple": (1, (2, "a")),
+        "wide": np.array([1, 2], dtype=">i4"),
         "range": range(1, 9, 2),
         "device": torch.device("cpu"),
         "scalar": np.float32(0.1),
@@ -569,3 +766,15 @@ def test_what_is_written_is_read():
     arrays = read_arrays(file.getvalue())
     text = json.loads(file.getvalue()[8 : 8 + int.from_bytes(file.getvalue()[:8], "little")])
     assert_equal(_archive._decode(json.loads(text["__metadata__"]["content"]), arrays), values)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [len, {1: 2}, np.longdouble(1), np.zeros(2, np.longdouble), 1j, torch.ones(2).bfloat16()],
+)
+def test_what_cannot_be_read_is_not_written(value):
+    assert not _archive.storable(value)
+
+
+def test_sizes_of_torch_are_tuples():
+    assert _archive._decode(_archive._encode(torch.ones(2, 3).shape, {}), {}) == (2, 3)
