@@ -393,7 +393,7 @@ class SelfLabelClusterer(
         warn_of_duplicates(geometry.points, recipe.candidates[0])
         # Steps so short that more than one CPU thread would slow them down.
         ours = isinstance(self.backbone, str) and self.backbone in ("auto", *OWN_BACKBONES)
-        small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
+        small = ours and int(recipe.schedule.batch_size) * n_values <= _SMALL_BATCH
         with seeded(seed, device) as generator, one_thread(small):
             journal.generator = generator
             backbone = self._make_backbone(n_values).to(device).float()
@@ -408,7 +408,7 @@ class SelfLabelClusterer(
                 self.neighbor_probability,
                 images,
                 images and has_colour(sample, self.image_shape_),
-                images and isinstance(self.augment, str) and geometry.mirrors(rng),
+                images and isinstance(self.augment, str) and bool(geometry.mirrors(rng)),
             )
 
             def attributes(fitted: Fitted) -> dict[str, Any]:

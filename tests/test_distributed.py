@@ -150,7 +150,7 @@ def test_all_processes_have_the_same_potential_to_the_bit(processes, name):
     first, *others = (results[name] for results, _, _ in processes)
     for other in others:
         np.testing.assert_array_equal(np.asarray(other.potential), np.asarray(first.potential))
-        assert np.all(other.n_iter == first.n_iter)
+        np.testing.assert_array_equal(np.asarray(other.n_iter), np.asarray(first.n_iter))
 
 
 def test_rows_alike_are_split_over_the_clusters(processes):
