@@ -91,10 +91,10 @@ def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     def several(values: Any) -> list[Any]:
         return [_encode(v, arrays) for v in values]
 
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
     if isinstance(value, np.generic) and _is_plain(value.dtype):
         return ["scalar", value.dtype.str, _encode(value.item(), arrays)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     if isinstance(value, list | tuple):
         return ["list" if isinstance(value, list) else "tuple", *several(value)]
     if isinstance(value, range) and len(value) <= _LONGEST:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict, fields
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,9 @@ def model_of(content: dict[str, Any], estimator: Any) -> Model:
     insist(whole(schedule["label_rows"], 1, _MOST_ROWS), "label_rows")
     dtypes = {_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
     schedule = Schedule(**{**schedule, "precision": dtypes[schedule["precision"]]})
-    flags = (content["one_thread"], content["freeze"], content["small_stem"])
-    insist(all(isinstance(f, bool) for f in (*flags, views.colour, views.mirrors)), "flags")
+    flags = [content[name] for name in ("one_thread", "freeze", "small_stem")]
+    flags += [views.colour, views.mirrors]
+    insist(all(isinstance(flag, bool | np.bool_) for flag in flags), "flags")
     insist(len(content["meanings"]) == n_heads, "meanings")
     return Model(
         _network_of(content, estimator.backbone, shape),
@@ -164,7 +166,9 @@ def are_numbers(value: Any, dtype: Any, shape: tuple[int, ...]) -> bool:
 
 
 def whole(value: Any, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    """Whether it is an integer, of NumPy's or not, in a range."""
+    number = isinstance(value, Integral) and not isinstance(value, bool)
+    return number and least <= int(value) <= most
 
 
 def insist(right: Any, what: str) -> None:
