@@ -393,7 +393,7 @@ class SelfLabelClusterer(
         warn_of_duplicates(geometry.points, recipe.candidates[0])
         # Steps so short that more than one CPU thread would slow them down.
         ours = isinstance(self.backbone, str) and self.backbone in ("auto", *OWN_BACKBONES)
-        small = ours and int(recipe.schedule.batch_size) * n_values <= _SMALL_BATCH
+        small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
         with seeded(seed, device) as generator, one_thread(small):
             journal.generator = generator
             backbone = self._make_backbone(n_values).to(device).float()
@@ -606,29 +606,30 @@ class SelfLabelClusterer(
         if over == "auto":
             # In steps, so that searches over n_clusters share the first round.
             over = 50 * 2 ** max(0, math.ceil(math.log2(numbers[-1] / MOST_CLUSTERS)))
+        # Numbers may be NumPy's, of a search say: torch takes plain ones, and so do checkpoints.
         return Recipe(
             candidates=numbers,
-            n_heads=self.n_heads,
+            n_heads=int(self.n_heads),
             over_clusters=int(over or 0),
             init=self.init if isinstance(self.init, str) else starts(self, n_given)[:, good],
             cluster_sizes=cluster_sizes(self),
             few_neighbors=self.n_neighbors == "auto",
-            reg=self.reg,
-            soft_targets=self.soft_targets,
-            label_momentum=self.label_momentum,
-            freeze=self.freeze,
+            reg=float(self.reg),
+            soft_targets=bool(self.soft_targets),
+            label_momentum=float(self.label_momentum),
+            freeze=bool(self.freeze),
             schedule=Schedule(
-                epochs=self.max_epochs,
+                epochs=int(self.max_epochs),
                 # Small data: shorter batches, or an epoch would be a step or two.
-                batch_size=min(self.batch_size, max(32, n // 8)),
+                batch_size=min(int(self.batch_size), max(32, n // 8)),
                 label_rows=rows_at_once(self.n_features_in_, 1024),
-                learning_rate=self.learning_rate,
-                weight_decay=self.weight_decay,
+                learning_rate=float(self.learning_rate),
+                weight_decay=float(self.weight_decay),
                 lr_schedule=self.lr_schedule,
-                n_views=self.n_views,
-                n_solves=self.n_solves,
-                n_iter_no_change=self.n_iter_no_change,
-                tol=self.tol,
+                n_views=int(self.n_views),
+                n_solves=None if self.n_solves is None else int(self.n_solves),
+                n_iter_no_change=self.n_iter_no_change and int(self.n_iter_no_change),
+                tol=float(self.tol),
                 precision=resolve_precision(self.precision, device),
             ),
         )

@@ -445,6 +445,35 @@ def test_other_parameters_fit(parameters):
     assert len(np.unique(estimator.labels_)) > 1
 
 
+NUMBERS = {
+    "n_clusters": 4,
+    "n_heads": 2,
+    "over_clusters": 10,
+    "n_neighbors": 5,
+    "neighbor_probability": 0.5,
+    "n_views": 1,
+    "label_momentum": 0.5,
+    "n_solves": 2,
+    "reg": 0.25,
+    "max_epochs": 4,
+    "n_iter_no_change": 3,
+    "tol": 0.125,
+    "batch_size": 64,
+    "learning_rate": 0.0625,
+    "weight_decay": 0.0,
+    "random_state": 0,
+    "verbose": 0,
+}
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numbers_may_be_those_of_numpy(kind, tmp_path):
+    own = {k: np.int64(v) if isinstance(v, int) else kind(v) for k, v in NUMBERS.items()}
+    plain, numpys = SelfLabelClusterer(**NUMBERS), SelfLabelClusterer(**own)
+    assert_same_fit(plain.fit(BLOBS), numpys.set_params(checkpoint_dir=tmp_path).fit(BLOBS))
+    assert_same_fit(plain, clone(numpys).fit(BLOBS))  # resumed
+
+
 class Peak:
     """Highest private memory of the process while in the block, over that at its start.
 
