@@ -23,7 +23,7 @@ from torch import nn
 
 from sklearn_sela import SelfLabelClusterer
 
-DIGITS = load_digits().images
+DIGITS = load_digits().images[:600]
 FEW = DIGITS[:300]
 
 
