@@ -23,12 +23,8 @@ _KIND = "sklearn_sela estimator, version 1"
 _LONGEST = 1 << 20  # range: a few bytes of a file must not become gigabytes
 
 
-class UnstorableError(TypeError):
-    """A value that only code could make again."""
-
-
 def write(file: Any, content: dict[str, Any]) -> None:
-    """Write a mapping of values to a binary file; UnstorableError for what it cannot hold."""
+    """Write a mapping of values to a binary file; TypeError for what only code could make."""
     from safetensors.numpy import save
 
     arrays: dict[str, np.ndarray] = {}
@@ -115,7 +111,7 @@ def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return ["array", name, value.dtype.str]
     if isinstance(value, np.ndarray) and all(isinstance(v, str) for v in value.flat):
         return ["names", *several(value.tolist())]
-    raise UnstorableError(type(value).__name__)
+    raise TypeError(type(value).__name__)
 
 
 def _decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:

@@ -28,6 +28,10 @@ class Shards:
         """Elementwise, over the processes."""
         return self._reduce(numbers, "SUM")
 
+    def total(self, number: float) -> float:
+        """The sum of one number."""
+        return float(self.sum(np.array([number], dtype=np.float64))[0])
+
     def max(self, *numbers: float) -> list[float]:
         """Elementwise, over the processes."""
         return self._reduce(np.array(numbers, dtype=np.float64), "MAX").tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,8 +99,12 @@ class ClusterGalleryDisplay:
             )
         rows, model = rows_of(estimator, X, reset=False), estimator._model
         labels, typicality = model.labels(rows), model.confidence(rows)
-        make = cls._chosen(labels, typicality, n_images, clusters, estimator.n_clusters_)
-        return make(lambda chosen: rows[chosen].reshape(-1, *estimator.image_shape_), ax, cmap)
+
+        def read(chosen: NDArray[np.int64]) -> NDArray[Any]:
+            return rows[chosen].reshape(-1, *estimator.image_shape_)
+
+        of = labels, typicality, estimator.n_clusters_, n_images, clusters
+        return cls._of(read, *of).plot(ax, cmap=cmap)
 
     @classmethod
     def from_predictions(
@@ -139,21 +143,20 @@ class ClusterGalleryDisplay:
                 f"{images.shape}."
             )
         channels = images if images.ndim == 4 else images[:, None]
-        make = cls._chosen(
-            labels, np.asarray(typicality), n_images, clusters, int(labels.max()) + 1
-        )
-        return make(lambda chosen: channels[chosen], ax, cmap)
+        of = labels, np.asarray(typicality), int(labels.max()) + 1, n_images, clusters
+        return cls._of(lambda chosen: channels[chosen], *of).plot(ax, cmap=cmap)
 
     @classmethod
-    def _chosen(
+    def _of(
         cls,
+        read: Callable[[NDArray[np.int64]], NDArray[Any]],
         labels: NDArray[Any],
         typicality: NDArray[Any],
+        n_clusters: int,
         n_images: int,
         clusters: Sequence[int] | None,
-        n_clusters: int,
-    ) -> Any:
-        """A function that makes the display, of one that reads the images it needs."""
+    ) -> ClusterGalleryDisplay:
+        """The display, of the images that ``read(indices)`` gives, (n, channels, height, width)."""
         if n_images < 1:
             raise ValueError(f"n_images must be 1 or more, got {n_images!r}.")
         if not (labels >= 0).any():
@@ -174,13 +177,8 @@ class ClusterGalleryDisplay:
             row[len(row) - len(least) :] = least
         chosen = np.unique(places[places >= 0])
         shown = np.where(places < 0, -1, np.searchsorted(chosen, places))
-
-        def make(read: Any, ax: Any, cmap: str) -> ClusterGalleryDisplay:
-            images = _as_pictures(read(chosen))
-            display = cls(images, shown, n_images, clusters, sizes[clusters].tolist(), n_clusters)
-            return display.plot(ax, cmap=cmap)
-
-        return make
+        images, of_rows = _as_pictures(read(chosen)), sizes[clusters].tolist()
+        return cls(images, shown, n_images, clusters, of_rows, n_clusters)
 
     def plot(self, ax: Any = None, *, cmap: str = "gray") -> ClusterGalleryDisplay:
         """Draw it, into ``ax`` or a new figure; ``cmap`` is that of grey images."""

@@ -85,7 +85,7 @@ class Reader:
             problem = error
         shards.agree(problem)
         self.n_rows = scores.n
-        self.n = int(shards.sum(np.array([float(self.n_rows)]))[0])
+        self.n = int(shards.total(self.n_rows))
         negative, largest, barred = shards.max(-found[0], *found[1:])
         lowest, self._barred = -negative, bool(barred)
         if not math.isfinite(lowest / reg):
@@ -99,7 +99,10 @@ class Reader:
         fine = tol < _FUSED_TOL
         self.dtype = torch.float64 if exact or sharp or fine else torch.float32
         self.uniform = weights is None
-        self.r = self._row_shares(weights)
+        if weights is None:
+            self.r = _equal(self.n, self.device).expand(self.n_rows)
+        else:
+            self.r = _scaled(weights, "sample_weight", shards)
         self._w = None if self.uniform else (self.r * self.n).float()
         # A small matrix is cleaned once and kept, a large one a chunk at a time in each read.
         self._kept: Tensor | None = None
@@ -137,17 +140,6 @@ class Reader:
                 start = stop
             summed.append(tuple(parts))
         return summed
-
-    def _row_shares(self, weights: Tensor | None) -> Tensor:
-        """Weights of the rows of this process, that sum to one over those of all."""
-        if weights is None:
-            share = torch.full((1,), 1.0 / self.n, dtype=torch.float64, device=self.device)
-            return share.expand(self.n_rows)
-        (largest,) = self.shards.max(float(weights.max()) if self.n_rows else 0.0)
-        if largest <= 0:
-            raise ValueError("sample_weight must be finite, non-negative and not all zero.")
-        weights = weights / largest  # the sum of huge weights would overflow
-        return weights / float(self.shards.sum(np.array([float(weights.sum())]))[0])
 
     def _read(self, ask: Ask) -> Callable[[Tensor, slice], tuple[Any, ...]]:
         """What a tile adds: ([shares, squares],), and (value, Gram matrix) if asked for."""
@@ -247,12 +239,21 @@ def _as_sums(ask: Ask, sums: Any, value: Any = 0.0, gram: Any = None) -> Sums:
 def as_shares(weights: Any, size: int, name: str, device: torch.device | None = None) -> Tensor:
     """Non-negative weights scaled to sum to one, float64; None is uniform."""
     if weights is None:
-        return torch.full((1,), 1.0 / size, dtype=torch.float64, device=device).expand(size)
-    w = _weights(weights, size, name, device)
-    if w.max() <= 0:
+        return _equal(size, device).expand(size)
+    return _scaled(_weights(weights, size, name, device), name, _ALONE)
+
+
+def _equal(size: int, device: torch.device | None) -> Tensor:
+    return torch.full((1,), 1.0 / size, dtype=torch.float64, device=device)
+
+
+def _scaled(weights: Tensor, name: str, shards: Shards) -> Tensor:
+    """Weights that sum to one over those of all processes."""
+    (largest,) = shards.max(float(weights.max()) if len(weights) else 0.0)
+    if largest <= 0:
         raise ValueError(f"{name} must be finite, non-negative and not all zero.")
-    w = w / w.max()  # the sum of huge weights would overflow
-    return w / w.sum()
+    weights = weights / largest  # the sum of huge weights would overflow
+    return weights / shards.total(float(weights.sum()))
 
 
 def _weights(weights: Any, size: int, name: str, device: torch.device | None) -> Tensor:

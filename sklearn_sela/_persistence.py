@@ -38,7 +38,7 @@ def unpacked(state: dict[str, Any]) -> dict[str, Any]:
     from sklearn_sela import __version__
 
     state = state.copy()
-    version = state.pop("_sklearn_sela_version", "of before 0.1")
+    version = state.pop("_sklearn_sela_version")
     if version != __version__:
         warn_caller(
             f"This estimator was pickled by sklearn_sela {version}, and is loaded by "

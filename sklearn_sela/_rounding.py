@@ -24,7 +24,7 @@ def read_labels(reader: Reader, asks: list[Ask], limit: float | None) -> list[Te
         if (labels < 0).any():
             _split_ties(reader, ask, labels)
         live = labels if reader.uniform else labels[reader.r > 0]
-        n = float(reader.shards.sum(np.array([float(len(live))]))[0])
+        n = reader.shards.total(len(live))
         if limit is not None and n * (1 - limit) > 1 - 1e-9:  # owed to others
             ends = [-float(live.min()), float(live.max())] if len(live) else [-math.inf] * 2
             least, most = reader.shards.max(*ends)

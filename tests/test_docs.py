@@ -69,3 +69,16 @@ def test_a_notebook_shows_the_documentation_of_each_parameter():
         entry = re.search(rf"^{name} : (.+)$", inspect.getdoc(SelfLabelClusterer), re.MULTILINE)
         assert html.escape(f"{name} : {entry[1]}") in page
         assert f"{name}: {html.escape(entry[1])}<br>" in shown
+
+
+def test_files_import_only_from_files_below_them():
+    order = re.findall(r"``(\w+)\.py``", (ROOT / "docs" / "code.rst").read_text())
+    order = list(dict.fromkeys(order))
+    files = {path.stem for path in (ROOT / "sklearn_sela").glob("*.py")} - {"__init__"}
+    assert set(order) == files
+    for name in order:
+        source = (ROOT / "sklearn_sela" / f"{name}.py").read_text()
+        imported = re.findall(r"^ *from sklearn_sela\.(\w+) import", source, re.MULTILINE)
+        imported += re.findall(r"^from sklearn_sela import (_\w+)$", source, re.MULTILINE)
+        above = [other for other in imported if order.index(other) < order.index(name)]
+        assert not above, f"{name} imports {above}"
