@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sklearn_sela._images import Images, fingerprint
+from sklearn_sela._images import Images
+from sklearn_sela._shares import Share, fingerprint
 from sklearn_sela._torchvision import read_weights
 
 _RUN = "run.json"
-_IMMATERIAL = ("device", "memory", "checkpoint_dir", "verbose")  # to what a fit ends in
+# To what a fit ends in; over how many processes, only to the bits.
+_IMMATERIAL = ("device", "memory", "checkpoint_dir", "verbose", "distributed")
 _LONG = 80  # characters of a list, beyond which its hash stands for it
 
 
@@ -148,19 +150,24 @@ def damaged(path: Path, error: Exception) -> ValueError:
 
 
 def checkpoints_of(
-    estimator: Any, X: np.ndarray | Images, seed: int, device: torch.device
+    estimator: Any, X: np.ndarray | Images, share: Share, seed: int, device: torch.device
 ) -> Checkpoints | None:
     """Those of an estimator's ``checkpoint_dir`` for this X, if it has one."""
     from sklearn_sela import __version__
 
     if estimator.checkpoint_dir is None:
         return None
-    parameters = estimator.get_params(deep=False).items()
-    run = {name: text_of(value) for name, value in parameters if name not in _IMMATERIAL}
-    if estimator.weights is not None:  # what a file holds, wherever it is
-        run["weights"] = text_of(read_weights(estimator.backbone, estimator.weights))
-    run |= {"device": device.type, "X": fingerprint(X), "sklearn_sela": __version__}
-    return Checkpoints(estimator.checkpoint_dir, run, seed)
+    of_data = fingerprint(X, share)
+
+    def checkpoints() -> Checkpoints:
+        parameters = estimator.get_params(deep=False).items()
+        run = {name: text_of(value) for name, value in parameters if name not in _IMMATERIAL}
+        if estimator.weights is not None:  # what a file holds, wherever it is
+            run["weights"] = text_of(read_weights(estimator.backbone, estimator.weights))
+        run |= {"device": device.type, "X": of_data, "sklearn_sela": __version__}
+        return Checkpoints(estimator.checkpoint_dir, run, seed)
+
+    return share.shards.first(checkpoints)
 
 
 def text_of(value: Any) -> str:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 from numpy.typing import NDArray
 from sklearn.base import (
     BaseEstimator,
@@ -19,36 +15,20 @@ from sklearn.base import (
     TransformerMixin,
 )
 from sklearn.callback import CallbackSupportMixin, with_callbacks
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
-from torch import nn
 
-from sklearn_sela._backbones import OWN_BACKBONES, feature_width, make_backbone
-from sklearn_sela._checkpoint import checkpoints_of
-from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, has_colour
-from sklearn_sela._device import one_thread, resolve_device, resolve_precision, seeded
+from sklearn_sela._device import resolve_device
+from sklearn_sela._distributed import Shards, launched
+from sklearn_sela._fit import fit_estimator
 from sklearn_sela._images import Images
 from sklearn_sela._inputs import rows_of
 from sklearn_sela._journal import Journal
-from sklearn_sela._memory import remember_by
 from sklearn_sela._model import Model
-from sklearn_sela._network import rows_at_once
 from sklearn_sela._persistence import packed, unpacked
-from sklearn_sela._recipe import Fitted, Recipe, Rounds
 from sklearn_sela._saving import load_estimator, save_estimator
 from sklearn_sela._selection import combined_score
-from sklearn_sela._training import Ended, Schedule
-from sklearn_sela._validation import (
-    MOST_CLUSTERS,
-    candidates,
-    check_parameters,
-    cluster_sizes,
-    starts,
-)
-from sklearn_sela._views import ViewSettings
-from sklearn_sela._warnings import warn_of_duplicates, warn_of_skipped, warn_of_trouble
-
-_SMALL_BATCH = 1 << 14  # values, up to which a step of our backbones is too short for threads
+from sklearn_sela._validation import check_parameters
+from sklearn_sela._warnings import warn_of_skipped, warnings_of_first
 
 
 class SelfLabelClusterer(
@@ -166,6 +146,12 @@ class SelfLabelClusterer(
     compile : bool, default=False
         Train a backbone that ``torch.compile`` has compiled. Worth its minute or so in long runs
         on a GPU; needs a C++ compiler.
+    distributed : {"auto", "own_rows"} or None, default="auto"
+        In processes that ``torchrun`` has started, or of an initialised ``torch.distributed``,
+        fit together. With "auto" all are given the same X, and each works on a share of its
+        samples; with "own_rows" each is given samples of its own, as a Dataset say, and
+        ``labels_`` are those of the first process, then the second's, and so on. None fits in
+        this process alone. After ``fit`` all have the same estimator (docs/distributed.rst).
     random_state : int, RandomState instance or None, default=None
         Decides everything on a given machine and number of threads, except an ``augment``
         or ``backbone`` that draws from other generators than torch's global one (NumPy's,
@@ -280,6 +266,7 @@ class SelfLabelClusterer(
         device: Any = "auto",
         precision: str = "auto",
         compile: bool = False,
+        distributed: str | None = "auto",
         random_state: Any = None,
         memory: Any = None,
         checkpoint_dir: Any = None,
@@ -313,6 +300,7 @@ class SelfLabelClusterer(
         self.device = device
         self.precision = precision
         self.compile = compile
+        self.distributed = distributed
         self.random_state = random_state
         self.memory = memory
         self.checkpoint_dir = checkpoint_dir
@@ -350,15 +338,20 @@ class SelfLabelClusterer(
             before stays as it was.
         """
         check_parameters(self)
-        device = resolve_device(self.device)
+        shards = Shards() if self.distributed is None else launched()
+        device = resolve_device(self.device, shards.local_rank)
         several = isinstance(self.n_clusters, str) or np.size(self.n_clusters) > 1
-        context = self._init_callback_context(max_subtasks=1 + bool(self.over_clusters) + several)
-        journal = Journal(self, context, X, y)
+        context = None
+        if shards.rank == 0:
+            n_rounds = 1 + bool(self.over_clusters) + several
+            context = self._init_callback_context(max_subtasks=n_rounds)
+        journal = Journal(self, context, X, y, shards)
         before = self.__dict__.copy()
         try:
-            journal.begin(context)
-            self._fit(X, device, journal)
-            journal.end(context, lambda: self.__dict__)
+            with warnings_of_first(shards):
+                journal.begin(context)
+                fit_estimator(self, X, device, journal)
+                journal.end(context, lambda: self.__dict__)
         except BaseException:  # also Ctrl-C: an estimator that was fitted stays as it was
             self.__dict__.clear()
             self.__dict__.update(before)
@@ -368,98 +361,6 @@ class SelfLabelClusterer(
     def fit_predict(self, X: Any, y: Any = None, **params: Any) -> NDArray[np.int64]:
         """Fit, and return ``labels_``; X and y as in ``fit``."""
         return self.fit(X, y, **params).labels_
-
-    def _fit(self, X: Any, device: torch.device, journal: Journal) -> None:
-        X = rows_of(self, X, reset=True)
-        n_given, good = len(X), np.arange(len(X))
-        skipped: list[str] = []
-        if isinstance(X, Images):
-            good = np.array(X.check(), dtype=int)
-            skipped = [X.name(i) for i in sorted(X.bad)]
-            warn_of_skipped(skipped, n_given)
-            X = X.take(good)
-        n, n_values = len(X), math.prod(X.shape[1:])
-        recipe = self._recipe(n_given, good, device)
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        checkpoints = checkpoints_of(self, X, seed, device)
-        seed = checkpoints.seed if checkpoints else seed
-        rng = np.random.default_rng(seed)
-        images = self.image_shape_ is not None
-        sample = X[draw_rows(n, n_values, n, rng)] if images else X
-        pretrained = self.weights is not None and sample.dtype == np.uint8
-        scaler = Scaler(sample, self.image_shape_, as_imagenet=pretrained and images)
-        rows = Rows(X, scaler, device)
-        geometry = Geometry(rows, n_values, rng)
-        warn_of_duplicates(geometry.points, recipe.candidates[0])
-        # Steps so short that more than one CPU thread would slow them down.
-        ours = isinstance(self.backbone, str) and self.backbone in ("auto", *OWN_BACKBONES)
-        small = ours and recipe.schedule.batch_size * n_values <= _SMALL_BATCH
-        with seeded(seed, device) as generator, one_thread(small):
-            journal.generator = generator
-            backbone = self._make_backbone(n_values).to(device).float()
-            n_features = feature_width(backbone, rows[slice(0, 2)])  # lazy modules are made here
-            if images:
-                backbone.to(memory_format=torch.channels_last)
-            if self.compile:
-                backbone.compile()
-            settings = ViewSettings(
-                self.augment,
-                self.n_neighbors,
-                self.neighbor_probability,
-                images,
-                images and has_colour(sample, self.image_shape_),
-                images and isinstance(self.augment, str) and bool(geometry.mirrors(rng)),
-            )
-
-            def attributes(fitted: Fitted) -> dict[str, Any]:
-                """Of the estimator, from what the rounds have made."""
-                network, best = fitted.network.eval(), fitted.best_head
-                network.backbone._compiled_call_impl = None  # predictions, and pickles, do without
-                model = Model(
-                    network,
-                    best,
-                    scaler,
-                    n_values,
-                    n_features,
-                    settings,
-                    recipe.schedule,
-                    small,
-                    self._backbone_name(),
-                )
-                labels = model.head_labels(X)
-                model.understand_heads(labels)
-                own, self_labels = np.full(n_given, -1), np.full((recipe.n_heads, n_given), -1)
-                own[good], self_labels[:, good] = labels[:, best], fitted.self_labels
-                return {
-                    **model.attributes(),
-                    "labels_": own,
-                    "self_labels_": self_labels,
-                    "skipped_": skipped,
-                    "cluster_sizes_": fitted.cluster_sizes[best],
-                    "n_clusters_": network.shape[1],
-                    "n_clusters_scores_": fitted.comparison,
-                    "history_": pd.DataFrame(journal.history),
-                    "n_iter_": len(journal.history),
-                    "loss_": float(journal.history[-1]["loss"]),
-                }
-
-            fitted = Rounds(
-                backbone,
-                n_features,
-                geometry,
-                settings.views(rows, geometry, generator),
-                recipe,
-                generator,
-                seed,
-                journal,
-                attributes,
-                remember_by(self, X, seed, device, recipe),
-                checkpoints,
-            ).fit()
-        if not journal.history:
-            raise KeyboardInterrupt
-        self.__dict__.update(attributes(fitted))
-        warn_of_trouble(self, fitted.ended == Ended.INTERRUPTED, fitted.marginal_error)
 
     def predict(self, X: Any) -> NDArray[np.int64]:
         """Cluster of each sample.
@@ -581,58 +482,6 @@ class SelfLabelClusterer(
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(unpacked(state))
-
-    def _backbone_name(self) -> str | None:
-        """Of the backbone that is fitted; None for one of the user's own."""
-        if not isinstance(self.backbone, str):
-            return None
-        if self.backbone == "auto":
-            return "mlp" if self.image_shape_ is None else "convnet"
-        return self.backbone
-
-    def _make_backbone(self, n_values: int) -> nn.Module:
-        if name := self._backbone_name():
-            return make_backbone(name, self.image_shape_ or (n_values,), self.weights)
-        own = self.backbone
-        made = copy.deepcopy(own) if isinstance(own, nn.Module) else own()
-        if not isinstance(made, nn.Module):
-            raise TypeError(f"backbone returned {type(made).__name__}, not a torch module.")
-        return made
-
-    def _recipe(self, n_given: int, good: np.ndarray, device: torch.device) -> Recipe:
-        n = len(good)
-        numbers = candidates(self, n)
-        over = self.over_clusters
-        if over == "auto":
-            # In steps, so that searches over n_clusters share the first round.
-            over = 50 * 2 ** max(0, math.ceil(math.log2(numbers[-1] / MOST_CLUSTERS)))
-        # Numbers may be NumPy's, of a search say: torch takes plain ones, and so do checkpoints.
-        return Recipe(
-            candidates=numbers,
-            n_heads=int(self.n_heads),
-            over_clusters=int(over or 0),
-            init=self.init if isinstance(self.init, str) else starts(self, n_given)[:, good],
-            cluster_sizes=cluster_sizes(self),
-            few_neighbors=self.n_neighbors == "auto",
-            reg=float(self.reg),
-            soft_targets=bool(self.soft_targets),
-            label_momentum=float(self.label_momentum),
-            freeze=bool(self.freeze),
-            schedule=Schedule(
-                epochs=int(self.max_epochs),
-                # Small data: shorter batches, or an epoch would be a step or two.
-                batch_size=min(int(self.batch_size), max(32, n // 8)),
-                label_rows=rows_at_once(self.n_features_in_, 1024),
-                learning_rate=float(self.learning_rate),
-                weight_decay=float(self.weight_decay),
-                lr_schedule=self.lr_schedule,
-                n_views=int(self.n_views),
-                n_solves=None if self.n_solves is None else int(self.n_solves),
-                n_iter_no_change=self.n_iter_no_change and int(self.n_iter_no_change),
-                tol=float(self.tol),
-                precision=resolve_precision(self.precision, device),
-            ),
-        )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

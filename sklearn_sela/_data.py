@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from sklearn_sela._images import Images, read_ahead
+from sklearn_sela._shares import Share
 
 REFERENCE_ROWS = 20_000  # rows that stand for all in neighbours and k-means
 _SAMPLE = 1 << 22  # values of X looked at for scaling and principal components: 32 MB
@@ -35,13 +37,20 @@ class Scaler:
     Vectors: each feature to mean 0 and variance 1. Images: each channel divided by its
     standard deviation, after subtracting its typical border value, so that the zeros that
     geometric augmentation moves in look like more background. A sample of images will do;
-    of vectors all rows are looked at, for a feature may vary in few of them.
+    of vectors all rows are looked at, for a feature may vary in few of them: those of the
+    share, and of the other processes theirs.
 
     ``as_imagenet`` scales pixels of 0 to 255 as networks trained on ImageNet expect, whatever X
     is; grey ones by the mean over its channels.
     """
 
-    def __init__(self, X: Any, image_shape: tuple[int, int, int] | None, as_imagenet: bool = False):
+    def __init__(
+        self,
+        X: Any,
+        image_shape: tuple[int, int, int] | None,
+        as_imagenet: bool = False,
+        share: Share | None = None,
+    ):
         self.image_shape = image_shape
         if as_imagenet:
             moments = 255 * np.array(_IMAGENET)  # (2, 3)
@@ -51,7 +60,7 @@ class Scaler:
             return
         with np.errstate(over="ignore", invalid="ignore"):
             if image_shape is None:
-                self.shift, self.scale, largest = column_moments(X)
+                self.shift, self.scale, largest = column_moments(X, share)
             else:
                 x = X.reshape(len(X), *image_shape).astype(np.float64)
                 rim = [x[:, :, [0, -1], :], x[..., [0, -1]].swapaxes(2, 3)]
@@ -94,17 +103,31 @@ class Scaler:
 
 
 class Rows:
-    """All training rows, by index: ``rows[indices]`` is a scaled batch on the device."""
+    """The rows of X, by index: ``rows[indices]`` is a scaled batch on the device.
 
-    def __init__(self, X: np.ndarray | Images, scaler: Scaler, device: torch.device):
+    ``share`` are those that this process works on, all of them by default.
+    """
+
+    def __init__(
+        self,
+        X: np.ndarray | Images,
+        scaler: Scaler,
+        device: torch.device,
+        share: Share | None = None,
+    ):
         self.X, self.scaler, self.device = X, scaler, device
+        self.share = Share.of_all(len(X)) if share is None else share
 
     def __len__(self) -> int:
-        return len(self.X)
+        return len(self.share)
 
-    def __getitem__(self, indices: Tensor | slice) -> Tensor:
+    def own(self, part: slice) -> Tensor:
+        """A batch of the share, by number."""
+        return self[self.share.rows[part]]
+
+    def __getitem__(self, indices: Tensor | np.ndarray) -> Tensor:
         if isinstance(indices, Tensor):
-            indices = indices.cpu().numpy()  # type: ignore[assignment]
+            indices = indices.cpu().numpy()
         return self.scaler(self.X[indices], self.device)
 
     def read(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -114,32 +137,54 @@ class Rows:
         return map(self.__getitem__, parts)
 
 
-def column_moments(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def column_moments(
+    X: np.ndarray, share: Share | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation and largest magnitude of each column, in parts of the rows.
 
     In float64. The parts' squared deviations are merged (Chan, Golub, LeVeque 1983): a
     difference of large sums would lose what varies beside a large offset. Counted from the
     first row, a constant column is exactly 0 throughout.
     """
-    n, d = X.shape
-    first = X[0].astype(np.float64)
-    mean, squares, largest = np.zeros(d), np.zeros(d), np.zeros(d)
+    share, d = Share.of_all(len(X)) if share is None else share, X.shape[1]
+    first = X[share.rows[0]].astype(np.float64) if len(share) else np.zeros(d)
+    largest = np.zeros(d)
+    moments = 0, np.zeros(d), np.zeros(d)
     size = max(1, _CHUNK // d)
-    for start in range(0, n, size):
-        x = X[start : start + size].astype(np.float64, order="C")  # one order of summation
+    for start in range(0, len(share), size):
+        rows = share.rows[start : start + size]
+        x = X[rows].astype(np.float64, order="C")  # one order of summation
         np.maximum(largest, np.abs(x).max(0), out=largest)
         x -= first
-        part_mean = x.mean(0)
-        delta, weight = part_mean - mean, len(x) / (start + len(x))
-        squares += ((x - part_mean) ** 2).sum(0) + delta * (delta * (start * weight))
-        mean += delta * weight
+        mean = x.mean(0)
+        moments = _merged(moments, (len(x), mean, ((x - mean) ** 2).sum(0)))
+    n, mean, squares = moments
+    if not share.shards.alone:
+        parts = share.shards.gather((n, first + mean, squares, largest))
+        first, largest = np.zeros(d), np.max([part[3] for part in parts], axis=0)
+        n, mean, squares = functools.reduce(_merged, (part[:3] for part in parts if part[0]))
     return first + mean, np.sqrt(squares / n), largest
 
 
-def draw_rows(n: int, n_values: int, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Sorted indices of at most ``limit`` rows, fewer if they hold more than _SAMPLE values."""
-    size = min(n, limit, max(_FEWEST_ROWS, _SAMPLE // n_values))
-    return np.arange(n) if size == n else np.sort(rng.choice(n, size, replace=False))
+Moments = tuple[int, np.ndarray, np.ndarray]  # of rows: how many, mean, sum of squared deviations
+
+
+def _merged(one: Moments, two: Moments) -> Moments:
+    """Of the rows of both."""
+    n = one[0] + two[0]
+    delta, weight = two[1] - one[1], two[0] / n
+    squares = one[2] + (two[2] + delta * (delta * (one[0] * weight)))
+    return n, one[1] + delta * weight, squares
+
+
+def draw_rows(share: Share, n_values: int, rng: np.random.Generator, limit: int) -> np.ndarray:
+    """Sorted indices of rows of the share: its part of at most ``limit`` of all.
+
+    Fewer if they hold more than _SAMPLE values.
+    """
+    size = share.part_of(min(limit, max(_FEWEST_ROWS, _SAMPLE // n_values)))
+    drawn = size < len(share)
+    return np.sort(rng.choice(share.rows, size, replace=False)) if drawn else share.rows
 
 
 def square_images(X: np.ndarray) -> tuple[int, int, int] | None:
@@ -154,7 +199,7 @@ def square_images(X: np.ndarray) -> tuple[int, int, int] | None:
     if side * side != d or side < _SMALLEST_SIDE:
         return None
     rng = np.random.default_rng(0)  # a test of the data, not a draw of the fit
-    x = X[draw_rows(n, d, 1000, rng)].astype(np.float64)
+    x = X[draw_rows(Share.of_all(n), d, rng, 1000)].astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         x = (x - x.mean(0)) / x.std(0)  # not a number where constant
 
@@ -181,59 +226,89 @@ class Geometry:
     """Where the rows lie before anything is learned: principal components and neighbours.
 
     Up to REFERENCE_ROWS rows, all of a small data set, stand for the whole: neighbours are
-    looked for among them, so that time and memory grow linearly with the rows.
+    looked for among them, so that time and memory grow linearly with the rows. Of several
+    processes each has its part of them, and where it cannot reach those of the others it looks
+    for neighbours among as many rows of its own.
+
+    Attributes
+    ----------
+    reference : int array
+        Rows of the share that are reference rows, by number.
+    points : array of shape (n_reference, n_components)
+        Of the reference rows of all processes.
     """
 
     def __init__(self, rows: Rows, n_values: int, rng: np.random.Generator):
-        self.rows, self.n_values = rows, n_values
-        n = len(rows)
-        sample = draw_rows(n, n_values, REFERENCE_ROWS, rng)
-        x = self.flat(sample)
-        self.pca = None
-        if n_values > _PCA_DIM and len(x) > 1 and np.ptp(x) > 0:
-            dim = min(_PCA_DIM, len(x))
-            pca = PCA(dim, svd_solver="randomized", random_state=int(rng.integers(2**31)))
-            # Arrays inside, whatever transform_output the user has set.
-            self.pca = pca.set_output(transform="default").fit(x)
-        self.reference = np.sort(rng.permutation(n)[:REFERENCE_ROWS])
-        chunks = [self.embed(part) for part in self.parts(self.reference)]
-        self.points = np.concatenate(chunks)
-        self._search = NearestNeighbors(algorithm="brute").fit(self.points)
+        self.rows, self.share, self.n_values = rows, rows.share, n_values
+        share = self.share
+        x = share.joined(self.flat(draw_rows(share, n_values, rng, REFERENCE_ROWS)))
+        seed = int(rng.integers(2**31)) if n_values > _PCA_DIM else 0
+        self.pca = share.shards.first(lambda: _principal_components(x, seed))
+        order = rng.permutation(len(share))
+        self.reference = np.sort(order[: share.part_of(REFERENCE_ROWS)])
+        near = share.rows[self.reference]
+        self.points = share.joined(self.embed(near))
+        if share.within_reach:
+            self._near, points = share.joined(near), self.points
+        else:
+            self._near = share.rows[np.sort(order[:REFERENCE_ROWS])]
+            points = self.embed(self._near)
+        self._search = NearestNeighbors(algorithm="brute")
+        if len(points):
+            self._search.fit(points)
 
     def flat(self, indices: np.ndarray) -> np.ndarray:
-        return self.rows[torch.from_numpy(indices)].flatten(1).cpu().numpy()
+        return self.rows[indices].flatten(1).cpu().numpy()
 
     def embed(self, indices: np.ndarray) -> np.ndarray:
-        return self.project(self.flat(indices))
+        """(n, n_components) points of rows of X."""
+        parts = np.split(indices, range(self._step, len(indices), self._step))
+        return np.concatenate([self.project(self.flat(part)) for part in parts])
 
     def project(self, x: np.ndarray) -> np.ndarray:
-        return x if self.pca is None else self.pca.transform(x).astype(np.float32)
+        if self.pca is None or not len(x):
+            return x if self.pca is None else np.empty((0, self.pca.n_components_), np.float32)
+        return self.pca.transform(x).astype(np.float32)
 
-    def parts(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Indices in parts small enough to embed at a time."""
-        size = max(1, _CHUNK // self.n_values)
-        return [indices[i : i + size] for i in range(0, len(indices), size)]
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """All rows of the share in parts: (numbers, points)."""
+        for start in range(0, len(self.share), self._step):
+            part = slice(start, start + self._step)
+            yield part, self.embed(self.share.rows[part])
 
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All rows in parts: (indices, points)."""
-        for part in self.parts(np.arange(len(self.rows))):
-            yield part, self.embed(part)
+    @property
+    def _step(self) -> int:
+        """Rows embedded at a time."""
+        return max(1, _CHUNK // self.n_values)
 
     def neighbors(self, k: int) -> np.ndarray:
-        """(n, k) indices of each row's nearest reference rows, itself left out."""
-        k = min(k, len(self.reference) - 1)
-        found = np.empty((len(self.rows), k), dtype=np.int32)
+        """(n, k) indices into X of the reference rows nearest to each of the share, but itself."""
+        k = max(0, min(k, len(self._near) - 1))
+        found = np.empty((len(self.share), k), dtype=np.int32)
         for part, points in self.chunks():
-            near = self.reference[self._search.kneighbors(points, k + 1, return_distance=False)]
-            drop = near == part[:, None]
+            near = self._near[self._search.kneighbors(points, k + 1, return_distance=False)]
+            drop = near == self.share.rows[part, None]
             drop[~drop.any(1), -1] = True  # no reference row, or behind duplicates of it
             found[part] = near[~drop].reshape(-1, k)
         return found
 
     def mirrors(self, rng: np.random.Generator, probes: int = 500) -> bool:
         """Whether mirrored images look like the data: about as near to a row as rows are."""
-        indices = draw_rows(len(self.rows), self.n_values, probes, rng)
-        x = self.rows[torch.from_numpy(indices)]
-        mirrored = self.project(x.flip(-1).flatten(1).cpu().numpy())
+        indices = draw_rows(self.share, self.n_values, rng, probes)
+        alike = len(indices) > 1 and self._like_mirrored(indices)
+        for_it, all_votes = self.share.shards.sum(len(indices) * np.array([alike, 1.0]))
+        return bool(for_it > all_votes / 2)
+
+    def _like_mirrored(self, indices: np.ndarray) -> bool:
+        mirrored = self.project(self.rows[indices].flip(-1).flatten(1).cpu().numpy())
         own = self._search.kneighbors(self.embed(indices), 2)[0][:, -1]
         return bool(np.median(self._search.kneighbors(mirrored, 1)[0]) < _MIRROR * np.median(own))
+
+
+def _principal_components(x: np.ndarray, seed: int) -> PCA | None:
+    """Of rows (n, d), if these are more than it takes."""
+    if x.shape[1] <= _PCA_DIM or len(x) < 2 or np.ptp(x) == 0:
+        return None
+    pca = PCA(min(_PCA_DIM, len(x)), svd_solver="randomized", random_state=seed)
+    # Arrays inside, whatever transform_output the user has set.
+    return pca.set_output(transform="default").fit(x)

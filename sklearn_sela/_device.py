@@ -12,14 +12,19 @@ from torch import Tensor
 _SEEDED = threading.RLock()  # torch's global generator is one per process
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The torch device of a name; ``"auto"`` takes CUDA where there is one, else the CPU."""
+def resolve_device(device: str | torch.device, own: int | None = None) -> torch.device:
+    """The torch device of a name; ``"auto"`` takes CUDA where there is one, else the CPU.
+
+    "cuda" without a number is the ``own`` GPU of this process, if it has one.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
         resolved = None
+    if resolved == torch.device("cuda") and own is not None:
+        device = resolved = torch.device("cuda", own)
     if resolved is None or resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():

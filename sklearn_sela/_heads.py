@@ -11,7 +11,9 @@ from scipy import sparse
 from scipy.stats import ncx2
 from torch import Tensor
 
+from sklearn_sela._distributed import Shards
 from sklearn_sela._network import SelfLabelNetwork
+from sklearn_sela._shares import Share
 from sklearn_sela._training import Schedule, label_pass
 from sklearn_sela._views import ViewStream
 
@@ -32,16 +34,20 @@ def start_at_centroids(network: SelfLabelNetwork, features: np.ndarray, labels: 
 
 
 def target_sizes(
-    labels: np.ndarray, k: int, cluster_sizes: str | np.ndarray
+    labels: np.ndarray, k: int, cluster_sizes: str | np.ndarray, shards: Shards | None = None
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(labels, weights (n_heads, k), reg_m) for the second round.
+
+    Labels are (n_heads, n); sizes are those of the rows of all processes.
 
     Learned sizes are those of the clusterings it starts from, as a prior that pulls; unless
     they are equal for all that the data can tell, when equal sizes, held exactly, sharpen
     the clusters. Given sizes are held exactly, the largest share by the largest cluster.
     """
-    n_heads, n = labels.shape
     counts = np.stack([np.bincount(row, minlength=k) for row in labels])
+    if shards is not None:
+        counts = shards.sum(counts.astype(np.float64)).astype(np.int64)
+    n_heads, n = len(counts), counts[0].sum()
     if isinstance(cluster_sizes, np.ndarray):
         rank = np.argsort(np.argsort(-counts, axis=1, kind="stable"), axis=1)
         by_rank = np.argsort(-cluster_sizes, kind="stable")
@@ -67,20 +73,24 @@ def sizes_are_equal(counts: np.ndarray) -> bool:
     return bool(ncx2.cdf(statistic, k - 1, n * _EQUAL**2) < _SURE)
 
 
-def view_joint(network: SelfLabelNetwork, views: ViewStream, n: int, schedule: Schedule) -> Tensor:
+def view_joint(
+    network: SelfLabelNetwork, views: ViewStream, share: Share, schedule: Schedule
+) -> Tensor:
     """(n_heads, k, k) joint distribution of the labels of two views of a row."""
     once = replace(schedule, n_views=1)
 
     def log_p(x: Tensor) -> Tensor:
         return network(x).log_softmax(2)
 
-    one, two = (label_pass(network, log_p, views, n, once) for _ in range(2))
+    one, two = (label_pass(network, log_p, views, len(share), once) for _ in range(2))
     n_heads, k = network.shape
     # In place: whatever outlives a batch may keep its memory from being used for the next.
     joint = torch.zeros(n_heads, k, k, dtype=torch.float64, device=network.heads.weight.device)
     for (_, a), (_, b) in zip(one, two, strict=True):
         joint += a.exp().double().permute(1, 2, 0) @ b.exp().double().transpose(0, 1)
-    return joint / n
+    if not share.shards.alone:
+        joint = torch.from_numpy(share.shards.sum(joint.cpu().numpy())).to(joint.device)
+    return joint / share.n
 
 
 def view_agreement(joint: Tensor) -> Tensor:

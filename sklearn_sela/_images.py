@@ -12,16 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import joblib
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sklearn_sela._decoding import Files, Items, channels_last, complaint, reason_of, spread
-from sklearn_sela._device import seeded
+from sklearn_sela._decoding import Files, Items, channels_last, complaint, reason_of
 
 _EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
@@ -227,16 +224,6 @@ def image_paths(folder: str | os.PathLike) -> list[str]:
     if not found:
         raise ValueError(f"No images in {folder!r}: no file ends in {', '.join(_EXTENSIONS)}.")
     return sorted(found)
-
-
-def fingerprint(X: Any) -> str:
-    """Cheap identity of an array or of Images: a hash of shape, dtype and at most 64 rows.
-
-    Randomness that items draw from torch's global generator is the same each time.
-    """
-    with seeded(0, torch.device("cpu")):
-        rows = np.ascontiguousarray(X[spread(len(X), 64)])
-    return joblib.hash((tuple(X.shape), str(X.dtype), rows))
 
 
 def read_ahead(read: Callable[[P], R], parts: Iterable[P]) -> Iterator[R]:

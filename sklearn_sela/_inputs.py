@@ -13,8 +13,10 @@ from torch import Tensor
 
 from sklearn_sela._data import square_images
 from sklearn_sela._decoding import as_image
+from sklearn_sela._distributed import Shards
 from sklearn_sela._images import Images, open_images
 
+_OF_SHAPE = ("n_features_in_", "image_shape_", "feature_names_in_")  # what fit learns of it
 CHANNELS_FIRST = "Put channels first: images.transpose(0, 3, 1, 2)."
 
 
@@ -37,6 +39,41 @@ def rows_of(estimator: Any, X: Any, reset: bool) -> np.ndarray | Images:
     else:
         _check_shape(estimator, X.shape)
     return X
+
+
+def rows_to_fit(estimator: Any, X: Any, shards: Shards) -> np.ndarray | Images:
+    """The same for fit, over several processes; of those that have rows each, some may have none.
+
+    Raises
+    ------
+    ValueError
+        If their rows are of different shapes; and for what another process has refused.
+    """
+    own_rows = estimator.distributed == "own_rows" and not shards.alone
+    empty = own_rows and hasattr(X, "__len__") and not isinstance(X, str) and len(X) == 0
+    rows: Any = None
+    with shards.agreeing():
+        rows = None if empty else rows_of(estimator, X, reset=True)
+    if not own_rows:
+        return rows
+    learned = {name: getattr(estimator, name, None) for name in _OF_SHAPE}
+    found = None if empty else (len(rows), rows.shape[1:], rows.dtype, learned)
+    all_found = [f for f in shards.gather(found) if f]
+    shapes = {f[1] for f in all_found}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"X has rows of shapes {sorted(shapes)} in the processes of this fit: they must be the "
+            "same. For images of other sizes set image_shape."
+            if shapes
+            else "X is empty in all processes of this fit."
+        )
+    _, shape, dtype, learned = max(all_found, key=lambda f: f[0])  # what most rows look like
+    for name, value in learned.items():
+        if value is None and name == "feature_names_in_":
+            estimator.__dict__.pop(name, None)
+        else:
+            setattr(estimator, name, value)
+    return np.empty((0, *shape), dtype) if empty else rows
 
 
 def _array_of(estimator: Any, X: Any, reset: bool) -> np.ndarray:

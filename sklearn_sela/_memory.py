@@ -14,22 +14,36 @@ from sklearn.utils.validation import check_memory
 from sklearn_sela._checkpoint import text_of
 from sklearn_sela._images import Images
 from sklearn_sela._recipe import Recipe, Round
+from sklearn_sela._shares import Share
 from sklearn_sela._torchvision import read_weights
 from sklearn_sela._warnings import warn_caller
 
 # Parameters that do not change the first round; the seed and the device are looked at as such.
 _LATER = (
-    "n_clusters", "cluster_sizes", "random_state", "memory", "checkpoint_dir", "verbose", "device"
+    "n_clusters", "cluster_sizes", "random_state", "memory", "checkpoint_dir", "verbose", "device",
+    "distributed",
 )  # fmt: skip
 
 
 def remember_by(
-    estimator: Any, X: np.ndarray | Images, seed: int, device: torch.device, recipe: Recipe
+    estimator: Any,
+    X: np.ndarray | Images,
+    share: Share,
+    seed: int,
+    device: torch.device,
+    recipe: Recipe,
 ) -> Callable[[Callable[[], Round]], Round]:
     """``remember(learn)``: what the estimator's ``memory`` has of this first round, or learn()."""
     from sklearn_sela import __version__
 
     if estimator.memory is None:
+        return lambda learn: learn()
+    if not share.shards.alone:
+        warn_caller(
+            "memory is not used by a fit over several processes: the first round is learned each "
+            "time.",
+            UserWarning,
+        )
         return lambda learn: learn()
     if not isinstance(estimator.backbone, str) or not isinstance(estimator.augment, str | None):
         warn_caller(

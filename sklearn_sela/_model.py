@@ -24,6 +24,7 @@ from sklearn_sela._selection import (
     silhouettes,
     unit_distances,
 )
+from sklearn_sela._shares import Share
 from sklearn_sela._training import Schedule
 from sklearn_sela._views import ViewSettings
 from sklearn_sela.metrics import information_score
@@ -62,6 +63,7 @@ class Model:
 
     def understand_heads(self, labels: NDArray[np.int64]) -> None:
         """Learn what clusters of the heads mean from labels (n_samples, n_heads) of a fit."""
+        labels = labels[labels[:, 0] >= 0]
         own, k = labels[:, self.best_head], self.network.shape[1]
         self.meanings = [meaning(row, own, k) for row in labels.T]
 
@@ -73,13 +75,13 @@ class Model:
 
         return self._infer(X, labels, 1, np.int64, -1)[:, 0]
 
-    def head_labels(self, X: np.ndarray | Images) -> NDArray[np.int64]:
-        """(n, n_heads) cluster of each row by each head."""
+    def head_labels(self, X: np.ndarray | Images, share: Share) -> NDArray[np.int64]:
+        """(n, n_heads) cluster of each row of a share by each head."""
 
         def labels(x: Tensor) -> Tensor:
             return self.network(x).softmax(2).argmax(2)
 
-        return self._infer(X, labels, self.network.shape[0], np.int64, -1)
+        return self._infer(X, labels, self.network.shape[0], np.int64, share=share)
 
     def probabilities(self, X: np.ndarray | Images) -> NDArray[np.float32]:
         """(n, n_clusters)"""
@@ -143,7 +145,7 @@ class Model:
             rows = Rows(X, self.scaler, self.device)
             views = self.views.views(rows, Geometry(rows, self.n_values, rng), generator)
             try:
-                joint = view_joint(self.network, views, len(X), self.schedule)
+                joint = view_joint(self.network, views, rows.share, self.schedule)
             except FloatingPointError as error:
                 raise ValueError("X holds values too large, far outside those of fit.") from error
         return float(view_agreement(joint)[self.best_head])
@@ -155,14 +157,13 @@ class Model:
         width: int,
         dtype: Any = np.float32,
         missing: Any = np.nan,
+        share: Share | None = None,
     ) -> NDArray[Any]:
-        out = np.empty((len(X), width), dtype=dtype)
-
-        def batch(rows: slice) -> Tensor:
-            return self.scaler(X[rows], self.device)
-
-        for rows, values in inference(self.network, function, batch, len(X), self.n_values):
-            out[rows] = values.cpu().numpy()
-        if isinstance(X, Images) and X.bad:
+        rows = Rows(X, self.scaler, self.device, share)
+        out = np.empty((len(rows), width), dtype=dtype)
+        n = len(rows)
+        for part, values in inference(self.network, function, rows.own, n, self.n_values):
+            out[part] = values.cpu().numpy()
+        if share is None and isinstance(X, Images) and X.bad:
             out[list(X.bad)] = missing
         return out

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FEWEST_ROWS = 2  # that batch norm can learn from
 _BATCH_ROWS = 256  # of one inference batch
 _LARGE = 1 << 22  # weights of a network that keeps a CPU busy with
 _FEW_ROWS = 32  # rows: padding a few to more would take seconds
 _BATCH_VALUES = 1 << 21  # input values in memory at a time, without gradients
+
+
+def filled(x: Tensor) -> Tensor:
+    """A batch of at least FEWEST_ROWS rows; those added are zeros."""
+    short = FEWEST_ROWS - len(x)
+    return x if short <= 0 else torch.cat([x, x.new_zeros(short, *x.shape[1:])])
 
 
 def rows_at_once(n_values: int, most: int) -> int:

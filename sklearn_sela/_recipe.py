@@ -27,6 +27,7 @@ from sklearn_sela._heads import choose_head, start_at_centroids, target_sizes, v
 from sklearn_sela._journal import Attributes, Journal, Stage
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._selection import compare_n_clusters, train_candidates
+from sklearn_sela._shares import Share
 from sklearn_sela._training import (
     Ended,
     FeatureLabels,
@@ -38,6 +39,7 @@ from sklearn_sela._training import (
 from sklearn_sela._views import Views
 
 T = TypeVar("T")
+_SEEDS = 1_000_003  # between those of processes
 OVER_CLUSTER_ROWS = 8  # fewest rows per cluster of the first round
 
 
@@ -78,17 +80,6 @@ class CutShortError(Exception):
         self.ended = ended
 
 
-def insist(step: Callable[[], T]) -> tuple[T, Ended]:
-    """``step()``, once more if Ctrl-C interrupts it, and whether it did.
-
-    For what is soon done, and without which the first round would be lost.
-    """
-    try:
-        return step(), Ended.COMPLETE
-    except KeyboardInterrupt:
-        return step(), Ended.INTERRUPTED
-
-
 Round = tuple[dict[str, np.ndarray], list[dict]]  # weights, and the record of each epoch
 
 
@@ -113,14 +104,18 @@ class Rounds:
     remember: Callable[[Callable[[], Round]], Round]
     checkpoints: Checkpoints | None
 
+    @property
+    def share(self) -> Share:
+        return self.geometry.share
+
     def fit(self) -> Fitted:
-        recipe, n, k = self.recipe, len(self.geometry.rows), self.recipe.candidates[0]
+        recipe, n, k = self.recipe, self.share.n, self.recipe.candidates[0]
         many, epochs = min(recipe.over_clusters, n // OVER_CLUSTER_ROWS), recipe.schedule.epochs
         if many > k:
             first, ended = self.learn_features(many, (epochs + 1) // 2)
             return self.cluster_features(first, ended, epochs // 2)
         labels = starting_labels(self.geometry, k, recipe.n_heads, recipe.init, self.seed)
-        start = target_sizes(labels, k, recipe.cluster_sizes)
+        start = target_sizes(labels, k, recipe.cluster_sizes, self.share.shards)
         return self.refine(self._network(k), start, epochs)
 
     def learn_features(self, many: int, epochs: int) -> tuple[SelfLabelNetwork, Ended]:
@@ -136,7 +131,8 @@ class Rounds:
             n_heads = self.recipe.n_heads
             labels = starting_labels(self.geometry, many, n_heads, self.recipe.init, self.seed)
             weights = np.full((n_heads, many), 1 / many)
-            state = self._labels(labels, weights, np.inf, self.recipe.schedule.n_views)
+            views = self.recipe.schedule.n_views
+            state = self._labels(labels, weights, np.inf, views, self.share)
             stage = self.journal.stage("features", epochs)
             ended = self._train(stage, network, self.views, state, as_if_ended)
             if ended:
@@ -160,18 +156,18 @@ class Rounds:
         recipe, k, comparison = self.recipe, self.recipe.candidates[0], None
         # From here on the same, whether or not the first round was remembered,
         reseed(self.generator, self.seed + 1)
-        learned, undisturbed = insist(lambda: LearnedFeatures(first, self.geometry))
+        learned, undisturbed = self.insist(lambda: LearnedFeatures(first, self.geometry))
         ended = max(ended, undisturbed)
         if not ended and len(recipe.candidates) > 1:
             comparison, ended = self.compare(learned)
             if comparison is not None:
                 k = int(comparison.n_clusters[comparison.score.argmax()])
-        labels, undisturbed = insist(lambda: learned.labels(k, recipe.n_heads, self.seed))
+        labels, undisturbed = self.insist(lambda: learned.labels(k, recipe.n_heads, self.seed))
         ended = max(ended, undisturbed)
         reseed(self.generator, self.seed + 2)  # and from here on, whether k was compared
-        start = target_sizes(labels, k, recipe.cluster_sizes)
+        start = target_sizes(labels, k, recipe.cluster_sizes, self.share.shards)
         network = self._network(k)
-        start_at_centroids(network, learned.features, start[0][:, self.geometry.reference])
+        start_at_centroids(network, learned.features, learned.of_reference(start[0].T).T)
         return self.refine(network, start, 0 if ended else epochs, comparison, ended)
 
     def compare(self, learned: LearnedFeatures) -> tuple[pd.DataFrame | None, Ended]:
@@ -186,7 +182,9 @@ class Rounds:
             self.seed,
         )
         stage = self.journal.stage("n_clusters", len(self.recipe.candidates))
-        return compare_n_clusters(candidates, stage, self.seed)
+        # Each process does the same; where rounding differs, the first decides.
+        compared = compare_n_clusters(candidates, stage, self.seed)
+        return self.share.shards.first(lambda: compared)
 
     def refine(
         self,
@@ -197,16 +195,17 @@ class Rounds:
         ended: Ended = Ended.COMPLETE,
     ) -> Fitted:
         """Train the clusters asked for, from labels, weights and pull; choose the head."""
-        n, (labels, weights, pull) = len(self.geometry.rows), start
-        few = max(1, n // (2 * network.shape[1]))
+        labels, weights, pull = start
+        few = max(1, self.share.n // (2 * network.shape[1]))
         near = self.views.nearest(few) if self.recipe.few_neighbors else self.views
-        state = self._labels(labels, weights, pull, self.recipe.schedule.n_views)
+        state = self._labels(labels, weights, pull, self.recipe.schedule.n_views, self.share)
 
         def fitted(network: SelfLabelNetwork, ended: Ended) -> Fitted:
             best_head = 0
             try:
-                best_head = choose_head(view_joint(network, near, n, self.recipe.schedule))
-            except KeyboardInterrupt:  # the training stands; only the choice of the head is lost
+                joint = view_joint(network, near, self.share, self.recipe.schedule)
+                best_head = choose_head(joint)
+            except self.share.shards.interrupts:  # only the choice of the head is lost
                 ended = Ended.INTERRUPTED
             own, error = state.labels.cpu().numpy(), state.marginal_error
             return Fitted(network, best_head, own, weights, comparison, error, ended)
@@ -218,6 +217,16 @@ class Rounds:
             stage = self.journal.stage("clusters", epochs)
             ended = self._train(stage, network, near, state, as_if_ended)
         return fitted(network, ended)
+
+    def insist(self, step: Callable[[], T]) -> tuple[T, Ended]:
+        """``step()``, once more if Ctrl-C interrupts it, and whether it did.
+
+        For what is soon done, and without which the first round would be lost.
+        """
+        try:
+            return step(), Ended.COMPLETE
+        except self.share.shards.interrupts:
+            return step(), Ended.INTERRUPTED
 
     def _seen(self, fitted: Fitted) -> dict[str, Any]:
         """The attributes of what callbacks look at; Ctrl-C meanwhile is for the fit."""
@@ -231,15 +240,20 @@ class Rounds:
         return network.to(self.generator.device)
 
     def _labels(
-        self, labels: np.ndarray, weights: np.ndarray, pull: float, n_views: int
+        self,
+        labels: np.ndarray,
+        weights: np.ndarray,
+        pull: float,
+        n_views: int,
+        share: Share | None = None,
     ) -> SelfLabels:
         r, device = self.recipe, self.generator.device
         first, shares = (torch.as_tensor(a, device=device) for a in (labels, weights))
         fixed = first, shares, r.reg, pull, r.soft_targets
         apart = n_views > 0 and r.label_momentum == 0  # passes that start afresh
         if apart and self.n_features < weights.size:
-            return FeatureLabels(*fixed, n_features=self.n_features)
-        return SelfLabels(*fixed, r.label_momentum)
+            return FeatureLabels(*fixed, self.n_features, share)
+        return SelfLabels(*fixed, r.label_momentum, share)
 
     def _train(
         self,
@@ -251,6 +265,8 @@ class Rounds:
     ) -> Ended:
         schedule = replace(self.recipe.schedule, epochs=stage.n_tasks)
         checkpoint = self.checkpoints.of(stage.name) if self.checkpoints else None
+        if rank := self.share.shards.rank:  # other rows, other views
+            reseed(self.generator, self.seed + _SEEDS * rank)
         epochs = self_label(network, views, labels, schedule, self.generator, checkpoint)
         told = (({"n_clusters": network.shape[1], **row}, current) for row, current in epochs)
         return self._follow(stage, told, as_if_ended)
@@ -268,6 +284,6 @@ class Rounds:
                 if stalled(losses, schedule.n_iter_no_change, schedule.tol):
                     break
             stage.close()
-        except KeyboardInterrupt:
+        except self.share.shards.interrupts:
             return Ended.INTERRUPTED
         return Ended(stage.stopped)

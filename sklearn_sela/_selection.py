@@ -78,7 +78,7 @@ class Candidate:
     """
 
     k: int
-    rows: np.ndarray  # (n,) their indices
+    rows: np.ndarray  # (n,) where they are among those of the fit
     features: np.ndarray  # (n, d)
     distances: np.ndarray  # (n, n) between them
     own: np.ndarray  # (n_heads, n, k) probabilities,
@@ -121,17 +121,19 @@ def train_candidates(
     """
     n_heads, device = learned.network.shape[0], generator.device
     rng = np.random.default_rng(seed)
-    sample = np.sort(rng.permutation(len(learned.reference))[:SAMPLED_ROWS])
+    features = learned.features
+    sample = np.sort(rng.permutation(len(features))[:SAMPLED_ROWS])
     scored = np.sort(rng.permutation(len(sample))[:SCORED_ROWS])
-    rows = torch.from_numpy(learned.reference[sample]).to(device)
-    features = learned.features[sample]
+    rows = torch.from_numpy(learned.numbers(sample)).to(device)
+    features = features[sample]
     embed, n_views = learned.network.eval().embed, _VIEWS + 2
-    frozen = FrozenViews(embed, views, rows, n_views, schedule.label_rows, generator)
+    share, batch_rows = learned.share, schedule.label_rows
+    frozen = FrozenViews(embed, views, rows, share, n_views, batch_rows, generator)
     seen = [frozen.features[v, scored] for v in (-1, -2)]
     frozen.features = frozen.features[:-2]  # a view that taught would flatter
     seen.append(torch.from_numpy(features[scored]).to(device))
     schedule = replace(schedule, epochs=_EPOCHS, n_views=0, n_solves=None)
-    scored_rows, scored_features = learned.reference[sample[scored]], features[scored]
+    scored_rows, scored_features = learned.places[sample[scored]], features[scored]
     distances = unit_distances(scored_features)
     for k in numbers:
         generator.manual_seed(seed)  # a candidate's score does not depend on the others
@@ -183,7 +185,7 @@ def compare_n_clusters(
             table.append(row)
             stage.done(row)
         stage.close()
-    except KeyboardInterrupt:
+    except stage.journal.shards.interrupts:
         ended = Ended.INTERRUPTED
     if not table:
         return None, ended

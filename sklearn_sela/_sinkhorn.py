@@ -189,13 +189,10 @@ def sinkhorn_labels(
         raise ValueError("exact_sizes counts rows: leave out sample_weight and reg_m.")
     if exact_sizes and group is not None:
         raise ValueError("exact_sizes needs all rows in one process: leave out group.")
-    shards, problem = Shards(group), None
-    try:
+    shards = Shards(group)
+    with shards.agreeing():
         source = Scores(scores, head, some_elsewhere=not shards.alone)
         marginal, used = _marginal(source.k, cluster_weights, reg_m, max_share)
-    except (ValueError, TypeError) as error:
-        problem = error
-    shards.agree(problem)
     most, least = shards.max(source.k, -source.k)
     if most != -least:
         raise ValueError(f"Processes of the group have scores of {-least:g} to {most:g} clusters.")

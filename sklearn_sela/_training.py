@@ -16,13 +16,16 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from sklearn_sela._checkpoint import Checkpoint
-from sklearn_sela._device import autocast, random_state, set_random_state
-from sklearn_sela._network import SelfLabelNetwork
+from sklearn_sela._device import autocast, random_state, reseed, set_random_state
+from sklearn_sela._network import FEWEST_ROWS, SelfLabelNetwork, filled
+from sklearn_sela._shares import Share
 from sklearn_sela._sinkhorn import SinkhornResult, sinkhorn_labels
 from sklearn_sela._views import ViewStream
 
@@ -49,6 +52,12 @@ class Schedule:
     n_iter_no_change: int | None = None
     tol: float = 1e-3
     precision: torch.dtype = torch.float32
+
+    def batches(self, share: Share) -> int:
+        """Gradient steps of an epoch over the rows of all processes."""
+        # Never a batch of one row, from which batch norm could not learn.
+        most = share.n // (FEWEST_ROWS * share.shards.size)
+        return max(1, min(round(share.n / self.batch_size), most))
 
     def solve_epochs(self) -> set[int]:
         """Epochs that begin with a label solve: all, or n_solves of them, dense early on.
@@ -99,15 +108,16 @@ class SelfLabels:
         Train on the soft assignment or on its labels.
     momentum : float
         Share of the last solve's scores that the next one keeps.
+    share : Share, default=None
+        The rows of this process, where others have more. None: there are no others.
 
     References
     ----------
     .. [1] Laine, Aila. Temporal ensembling for semi-supervised learning. ICLR 2017.
     """
 
-    _CHANGES: tuple[str, ...] = (
-        "labels", "scores", "n_solves", "potential", "n_iter", "marginal_error", "changed"
-    )  # fmt: skip
+    _BY_ROW: tuple[tuple[str, int], ...] = (("labels", 1), ("scores", 1))  # axis of the rows
+    _CHANGES: tuple[str, ...] = ("n_solves", "potential", "n_iter", "marginal_error", "changed")
 
     def __init__(
         self,
@@ -117,8 +127,10 @@ class SelfLabels:
         reg_m: float,
         soft: bool,
         momentum: float = 0.0,
+        share: Share | None = None,
     ):
         self.labels, self.weights = labels, weights
+        self.share = Share.of_all(labels.shape[1]) if share is None else share
         self.reg, self.reg_m, self.soft, self.momentum = reg, reg_m, soft, momentum
         self._make_room()
         self.n_solves = 0
@@ -145,22 +157,37 @@ class SelfLabels:
         """Label all rows afresh from what was seen of them."""
         results = [self._solve_head(t, self.reg_m) for t in range(len(self.labels))]
         labels = torch.stack([r.labels for r in results])
-        self.changed = float((labels != self.labels).double().mean())
+        changed = self.share.shards.total(float((labels != self.labels).sum()))
+        self.changed = changed / (len(labels) * self.share.n)
         self.labels = labels
         self.n_solves += 1
         self.potential = torch.stack([r.potential for r in results])
         self.n_iter = sum(r.n_iter for r in results)
         self.marginal_error = max(r.marginal_error for r in results)
 
-    def state_dict(self) -> dict:
-        """What solves change, for :meth:`load_state_dict`."""
-        return {name: getattr(self, name) for name in self._CHANGES}
+    def sizes(self) -> NDArray[np.float64]:
+        """(n_heads, n_clusters) rows of all processes that have each label."""
+        own = [head.bincount(minlength=self.weights.shape[1]) for head in self.labels]
+        return self.share.shards.sum(torch.stack(own).double().cpu().numpy())
 
-    def load_state_dict(self, state: dict) -> None:
-        device = self.labels.device
-        for name in self._CHANGES:
-            value = state[name]
+    def state_dict(self) -> dict:
+        """What solves change, for :meth:`load_state_dict`; of all processes, on the first."""
+        state = {name: getattr(self, name) for name in self._CHANGES}
+        for name, axis in self._BY_ROW:
+            own = getattr(self, name).transpose(0, axis).cpu().numpy()
+            state[name] = torch.from_numpy(self.share.whole(own, first=True)).transpose(0, axis)
+        return state
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """From what the first process has."""
+        device, known = self.labels.device, state or {}
+        changes = self.share.shards.first(lambda: {name: known[name] for name in self._CHANGES})
+        for name, value in changes.items():
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+        for name, axis in self._BY_ROW:
+            whole = known[name].transpose(0, axis).numpy() if known else None
+            own = torch.from_numpy(self.share.own(whole)).transpose(0, axis)
+            setattr(self, name, own.to(device))
 
     def _solve_head(self, t: int, reg_m: float) -> SinkhornResult:
         scores, head = self._source(t)
@@ -174,12 +201,18 @@ class SelfLabels:
             max_iter=_LABEL_ITER,
             potential=None if self.potential is None else self.potential[t],
             warn=False,
+            group=self.share.shards.group,
         )
-        shares = result.labels.bincount(minlength=self.weights.shape[1]) / len(result.labels)
-        if reg_m < math.inf and (shares < _LEAST * self.weights[t]).any():
+        if reg_m < math.inf and self._starves(t, result.labels):
             # A pull can lose to a confident network; exact sizes cannot, and end a collapse.
             return self._solve_head(t, math.inf)
         return result
+
+    def _starves(self, t: int, labels: Tensor) -> bool:
+        """Whether a cluster of a head is left with too few of all rows."""
+        least = _LEAST * self.weights[t].cpu().numpy() * self.share.n
+        sizes = labels.bincount(minlength=len(least)).double().cpu().numpy()
+        return bool((self.share.shards.sum(sizes) < least).any())
 
     def _source(self, t: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Scores of a head, or features and the head, as the solver takes them."""
@@ -206,16 +239,21 @@ class FeatureLabels(SelfLabels):
     mean of what heads said that have changed since: momentum is 0.
     """
 
-    _CHANGES: tuple[str, ...] = (
-        *SelfLabels._CHANGES[:1],
-        "features",
-        "head",
-        *SelfLabels._CHANGES[2:],
-    )
+    _BY_ROW = (("labels", 1), ("features", 0))
+    _CHANGES = (*SelfLabels._CHANGES, "head")
 
-    def __init__(self, *fixed: Any, n_features: int):
+    def __init__(
+        self,
+        labels: Tensor,
+        weights: Tensor,
+        reg: float,
+        reg_m: float,
+        soft: bool,
+        n_features: int,
+        share: Share | None = None,
+    ):
         self.n_features = n_features
-        super().__init__(*fixed)
+        super().__init__(labels, weights, reg, reg_m, soft, 0.0, share)
         self.head: list[Tensor] = []
 
     def _make_room(self) -> None:
@@ -265,9 +303,10 @@ def self_label(
     again. Whoever stops asking has the network as it was after the last one; Ctrl-C leaves it
     so, too, and is passed on.
     """
-    n = labels.labels.shape[1]
-    # Never a batch of one row, from which batch norm could not learn.
-    n_batches = max(1, min(round(n / schedule.batch_size), n // 2))
+    share, shards, n = labels.share, labels.share.shards, labels.labels.shape[1]
+    n_batches = schedule.batches(share)
+    own_rows = [len(part) for part in torch.empty(n).tensor_split(n_batches)]
+    batch_rows = shards.sum(np.array(own_rows, dtype=np.float64)).tolist()
     sgd, rate = schedule.optimiser(network, schedule.epochs * n_batches)
     solve_epochs = schedule.solve_epochs()
     run = _Run(network, labels, sgd, rate, generator, checkpoint)
@@ -289,28 +328,33 @@ def self_label(
             order = torch.randperm(n, generator=generator, device=generator.device)
             batches = order.tensor_split(n_batches)
             network.train()
-            for rows, x in zip(batches, views(batches), strict=True):
+            # Made anew: it sums in another order once it has seen a step, to the last bit, and an
+            # epoch that is resumed should be the same.
+            learner = shards.learner(network)
+            for rows, x, of_all in zip(batches, views(batches), batch_rows, strict=True):
                 with autocast(generator.device, schedule.precision):
-                    log_p = network(x).log_softmax(2)  # min over the network, eq. (4)
-                batch_loss = -(labels.targets(rows) * log_p).sum(2).mean()
+                    logits = learner(filled(x))[: len(rows)]
+                log_p = logits.log_softmax(2)  # min over the network, eq. (4)
+                own = -(labels.targets(rows) * log_p).sum()
+                batch_loss = own / (len(labels.labels) * of_all / shards.size)
                 sgd.zero_grad()
-                batch_loss.backward()
+                batch_loss.backward()  # to the mean over the processes: that over all rows
                 sgd.step()
                 rate.step()
-                loss += batch_loss.detach().double() * len(rows) / n
+                loss += batch_loss.detach().double() * of_all / share.n
                 if watch:
                     labels.see(rows, log_p.detach())
-            if not loss.isfinite():
-                raise FloatingPointError(_diverged(f"the loss became {float(loss)}", schedule))
-        except KeyboardInterrupt:
+            mean_loss = shards.total(float(loss)) / shards.size
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(_diverged(f"the loss became {mean_loss}", schedule))
+        except shards.interrupts:
             network.load_state_dict(kept)
             raise
+        shards.average_buffers(network, n)
         kept = copy.deepcopy(network.state_dict())
-        sizes = torch.stack(
-            [la.bincount(minlength=labels.weights.shape[1]) for la in labels.labels]
-        )
+        sizes = labels.sizes()
         row = {
-            "loss": float(loss),
+            "loss": mean_loss,
             "seconds": time.perf_counter() - start,
             "solver_iterations": labels.n_iter if solved else 0,
             "marginal_error": labels.marginal_error,
@@ -318,8 +362,7 @@ def self_label(
             "smallest": int(sizes.min()),
             "largest": int(sizes.max()),
         }
-        run.save(row)
-        yield row, True
+        yield run.keep(row), True
 
 
 def stalled(losses: list[float], patience: int | None, tol: float) -> bool:
@@ -330,7 +373,10 @@ def stalled(losses: list[float], patience: int | None, tol: float) -> bool:
 
 
 class _Run:
-    """All that epochs change, as a checkpoint keeps it, and the record of those done."""
+    """All that epochs change, as a checkpoint keeps it, and the record of those done.
+
+    The first process reads and writes; that of another number of processes will do.
+    """
 
     def __init__(
         self,
@@ -348,21 +394,41 @@ class _Run:
             "rate": rate,
         }
         self.generator, self.checkpoint = generator, checkpoint
+        self.share = labels.share
         self.records: list[dict] = []
-        state = checkpoint and checkpoint.load(torch.device("cpu"))
-        if state:
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            set_random_state(generator, state["random"])
-            self.records = state["records"]
+        if checkpoint:
+            self._resume(checkpoint)
 
-    def save(self, row: dict) -> None:
-        """After an epoch."""
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        shards, whole = self.share.shards, {}
+
+        def read() -> dict:
+            """All but the labels, of which each process gets those of its own rows."""
+            whole.update(checkpoint.load(torch.device("cpu")) or {})
+            return {name: part for name, part in whole.items() if name != "labels"}
+
+        state = shards.first(read)
+        if not state:
+            return
+        self.parts["labels"].load_state_dict(whole.get("labels"))
+        for name in ("network", "sgd", "rate"):
+            self.parts[name].load_state_dict(state[name])
+        self.records = state["records"]
+        if len(state["random"]) == shards.size:
+            set_random_state(self.generator, state["random"][shards.rank])
+        else:  # of another number of processes: as good as any
+            reseed(self.generator, self.generator.initial_seed() + 1 + len(self.records))
+
+    def keep(self, row: dict) -> dict:
+        """The record of an epoch, which the first process has measured."""
+        row = self.share.shards.first(lambda: row)
         self.records.append(row)
-        if self.checkpoint:
+        if checkpoint := self.checkpoint:
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            random = random_state(self.generator)
-            self.checkpoint.save({**state, "random": random, "records": self.records})
+            random = self.share.shards.gather_first(random_state(self.generator))
+            whole = {**state, "random": random, "records": self.records}
+            self.share.shards.first(lambda: checkpoint.save(whole))
+        return row
 
 
 @torch.no_grad()
@@ -376,7 +442,7 @@ def label_pass(
     """Yield (rows, look(x) averaged over n_views random views x) for all n rows."""
     network.eval()
     device = next(network.parameters()).device
-    parts = torch.arange(n, device=device).split(schedule.label_rows)
+    parts = torch.arange(n, device=device).split(schedule.label_rows) if n else ()
     repeated = (rows for rows in parts for _ in range(schedule.n_views))
     stream = views(repeated)
     for rows in parts:

@@ -52,6 +52,8 @@ def check_parameters(estimator: Any) -> None:
     _check_choice("precision", estimator.precision, ["auto", "float32", "bfloat16"])
     if not isinstance(estimator.compile, bool | np.bool_):
         raise TypeError(f"compile must be a bool, got {estimator.compile!r}.")
+    if estimator.distributed is not None:
+        _check_choice("distributed", estimator.distributed, ["auto", "own_rows"], "None")
     _check_choice("lr_schedule", estimator.lr_schedule, ["one_cycle", "step"])
     if not isinstance(estimator.soft_targets, bool | np.bool_):
         raise TypeError(f"soft_targets must be a bool, got {estimator.soft_targets!r}.")

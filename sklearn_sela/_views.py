@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sklearn_sela._augment import Augment, ImageAugment, Jitter, PhotoAugment
 from sklearn_sela._data import Geometry, Rows
+from sklearn_sela._shares import Share
 
 _SHARE = 8  # neighbours of a row are at most this part of the rows
-#: From parts of the rows (indices) to a random view of each row, part by part.
+#: From parts of the rows (numbers in the share) to a random view of each row, part by part.
 ViewStream = Callable[[Iterable[Tensor]], Iterator[Tensor]]
 
 
@@ -31,7 +32,7 @@ class ViewSettings:
     def views(self, rows: Rows, geometry: Geometry, generator: torch.Generator) -> Views:
         """Those of these rows."""
         neighbors = None
-        if k := self._how_many(len(rows)):
+        if k := self._how_many(rows.share.n):
             neighbors = torch.from_numpy(geometry.neighbors(k)).to(generator.device)
         augment = self._augment(generator)
         return Views(rows, augment, neighbors, self.neighbor_probability, generator)
@@ -66,8 +67,10 @@ class Views:
         probability: float,
         generator: torch.Generator,
     ):
-        self.rows, self.augment, self.neighbors = rows, augment, neighbors
+        self.rows, self.augment = rows, augment
+        self.neighbors = neighbors  # (n, k) indices into X; k may be 0
         self.probability, self.generator = probability, generator
+        self._own = torch.from_numpy(rows.share.rows).to(generator.device)
 
     def __call__(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         for x in self.rows.read(map(self._pick, parts)):
@@ -78,18 +81,19 @@ class Views:
         near = None if self.neighbors is None else self.neighbors[:, :k]
         return Views(self.rows, self.augment, near, self.probability, self.generator)
 
-    def _pick(self, indices: Tensor) -> Tensor:
-        """The rows, or neighbours of theirs."""
-        if self.neighbors is None:
+    def _pick(self, numbers: Tensor) -> Tensor:
+        """Indices into X of the rows, or of neighbours of theirs."""
+        indices = self._own[numbers]
+        if self.neighbors is None or not self.neighbors.shape[1]:
             return indices
         n, k = len(indices), self.neighbors.shape[1]
         device = self.generator.device
         pick = torch.randint(k, (n,), generator=self.generator, device=device)
         swap = torch.rand(n, generator=self.generator, device=device) < self.probability
-        return torch.where(swap, self.neighbors[indices, pick].long(), indices)
+        return torch.where(swap, self.neighbors[numbers, pick].long(), indices)
 
     def _change(self, x: Tensor) -> Tensor:
-        if self.augment is None:
+        if self.augment is None or not len(x):
             return x
         view = self.augment(x)
         if not isinstance(view, Tensor):
@@ -105,7 +109,8 @@ class Views:
 class FrozenViews:
     """``views(parts)``: features of one of a few views of each row, drawn once for all.
 
-    ``features`` is (n_views, n, d), of the rows' views as ``embed`` sees them.
+    ``features`` is (n_views, n, d), of the rows' views as ``embed`` sees them; rows are of the
+    share, and those of the other processes follow or go before.
     """
 
     def __init__(
@@ -113,6 +118,7 @@ class FrozenViews:
         embed: Callable[[Tensor], Tensor],
         views: ViewStream,
         rows: Tensor,
+        share: Share,
         n_views: int,
         batch_rows: int,
         generator: torch.Generator,
@@ -121,7 +127,8 @@ class FrozenViews:
         parts = rows.split(batch_rows)
         with torch.no_grad():
             seen = [torch.cat([*map(embed, views(parts))]) for _ in range(n_views)]
-        self.features = torch.stack(seen)
+        own = torch.stack(seen, 1).cpu().numpy()
+        self.features = torch.from_numpy(share.joined(own)).to(generator.device).transpose(0, 1)
 
     def __call__(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         device = self.generator.device

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import sklearn.callback
 from sklearn.exceptions import ConvergenceWarning
 
+from sklearn_sela._distributed import Shards
 from sklearn_sela._training import LABEL_TOL
 from sklearn_sela._validation import cluster_sizes
 
@@ -26,6 +29,17 @@ def warn_caller(message: str, category: type[Warning]) -> None:
     while frame.f_back and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+@contextlib.contextmanager
+def warnings_of_first(shards: Shards) -> Iterator[None]:
+    """Of processes that fit together only the first warns: the others would say the same."""
+    if shards.rank == 0:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def warn_of_duplicates(points: np.ndarray, n_clusters: int) -> None:

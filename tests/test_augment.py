@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sklearn_sela._augment import ImageAugment, Jitter, PhotoAugment
+from sklearn_sela._shares import Share
 from sklearn_sela._views import Views
 
 
@@ -162,7 +163,7 @@ def indexed_views(probability, augment=None, neighbors=None, n=1000):
     """Rows are their own index, so a view tells which row it was made of."""
     rows = torch.arange(n, dtype=torch.float32)[:, None]
     views = Views(
-        SimpleNamespace(read=partial(map, rows.__getitem__)),
+        SimpleNamespace(read=partial(map, rows.__getitem__), share=Share.of_all(n)),
         augment,
         neighbors,
         probability,

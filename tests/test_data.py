@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_sela import SelfLabelClusterer, _data
 from sklearn_sela._data import Geometry, Rows, Scaler, draw_rows, has_colour, square_images
+from sklearn_sela._shares import Share
 
 CPU = torch.device("cpu")
 
@@ -153,17 +154,17 @@ def test_rows_are_the_scaled_rows_asked_for():
 
 
 def test_draw_rows_takes_all_of_a_small_data_set():
-    np.testing.assert_array_equal(draw_rows(10, 5, 100, rng()), np.arange(10))
+    np.testing.assert_array_equal(draw_rows(Share.of_all(10), 5, rng(), 100), np.arange(10))
 
 
 def test_draw_rows_are_distinct_sorted_and_limited():
-    drawn = draw_rows(1000, 5, 100, rng())
+    drawn = draw_rows(Share.of_all(1000), 5, rng(), 100)
     assert len(drawn) == 100
     assert (np.diff(drawn) > 0).all()
 
 
 def test_draw_rows_takes_fewer_rows_if_they_are_long():
-    assert len(draw_rows(10**6, 1 << 14, 10**6, rng())) == 256
+    assert len(draw_rows(Share.of_all(10**6), 1 << 14, rng(), 10**6)) == 256
 
 
 def test_neighbors_are_those_of_brute_force():

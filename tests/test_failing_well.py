@@ -286,6 +286,7 @@ BAD = {
     "on_bad_image": ["ignore", None],
     "precision": ["float16", None],
     "compile": [1, None, "yes"],
+    "distributed": ["all", True, 2],
     "checkpoint_dir": [3, 1.5],
     "random_state": ["seed", -1, 1.5],
     "memory": [3, 1.5],

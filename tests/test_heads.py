@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sklearn_sela import SelfLabelClusterer
 from sklearn_sela._heads import choose_head, view_joint
 from sklearn_sela._network import SelfLabelNetwork
+from sklearn_sela._shares import Share
 from sklearn_sela._training import Schedule
 from sklearn_sela.metrics import clustering_accuracy
 
@@ -43,7 +44,7 @@ def test_joint_counts_the_labels_of_two_views():
 
     expected = np.zeros((3, 3))
     np.add.at(expected, tuple(labels.numpy()), 1 / 600)
-    found = view_joint(network, partial(map, view), 600, SCHEDULE)
+    found = view_joint(network, partial(map, view), Share.of_all(600), SCHEDULE)
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-6)
 
 

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from torchvision import datasets, transforms
 
 from sklearn_sela import _images
-from sklearn_sela._images import fingerprint, image_paths, open_images, read_ahead
+from sklearn_sela._images import image_paths, open_images, read_ahead
+from sklearn_sela._shares import fingerprint
 
 COLOR = (200, 100, 40)
 LUMA = 123  # of it

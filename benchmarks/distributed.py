@@ -1,0 +1,91 @@
+"""What more processes bring: throughput and quality of one fit over 1, 2 and 3 of them.
+
+    python benchmarks/distributed.py              # about four minutes on two cores
+
+The script starts itself anew under torchrun for each line, with one thread a process; the lines
+take turns. Throughput is that of epochs: rows, over the seconds of training and label solves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+
+from sklearn_sela import SelfLabelClusterer
+from sklearn_sela.metrics import clustering_accuracy
+
+ROWS, SIDE, EPOCHS = 6_000, 28, 6
+SEEDS = 3
+
+
+def images() -> np.ndarray:
+    """(ROWS, SIDE, SIDE) images: digits enlarged and repeated, with noise of their own."""
+    rng = np.random.default_rng(0)
+    x = np.kron(load_digits().images, np.ones((4, 4)))[:, 2:-2, 2:-2]
+    return (x[np.arange(ROWS) % len(x)] + rng.normal(size=(ROWS, SIDE, SIDE))).astype(np.float32)
+
+
+def throughput() -> float:
+    """Rows a second, over the epochs of a fit but the first of each round."""
+    X = images()
+    clusterer = SelfLabelClusterer(10, max_epochs=EPOCHS, random_state=0, n_neighbors=0)
+    history = clusterer.fit(X).history_
+    seconds = history[history.stage.duplicated()].seconds
+    return ROWS * len(seconds) / seconds.sum()
+
+
+def accuracies() -> list[float]:
+    digits = load_digits()
+    clusterers = [SelfLabelClusterer(10, random_state=seed) for seed in range(SEEDS)]
+    return [clustering_accuracy(digits.target, c.fit_predict(digits.images)) for c in clusterers]
+
+
+def started(what: str, n: int) -> list[float] | float:
+    """The result of ``what`` in n processes of one thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}"]
+        command = command if n > 1 else [sys.executable]
+        subprocess.run(
+            [*command, __file__, "--what", what, "--out", str(out)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--what", choices=["throughput", "accuracies"])
+    parser.add_argument("--out")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.what:
+        torch.set_num_threads(1)
+        result = throughput() if arguments.what == "throughput" else accuracies()
+        if os.environ.get("RANK", "0") == "0":
+            Path(arguments.out).write_text(json.dumps(result))
+        return
+    ratios = []
+    for _ in range(arguments.rounds):
+        one, two = (started("throughput", n) for n in (1, 2))
+        ratios.append(two / one)
+        print(f"rows a second: one process {one:.0f}, two {two:.0f}, ratio {two / one:.2f}")
+    print(f"median ratio {np.median(ratios):.2f}")
+    for n in (1, 2, 3):
+        found = started("accuracies", n)
+        listed = ", ".join(f"{accuracy:.3f}" for accuracy in found)
+        print(f"digits, {n} process{'es' * (n > 1)}: ACC {listed}; median {np.median(found):.3f}")
+
+
+if __name__ == "__main__":
+    main()

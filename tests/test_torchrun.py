@@ -1,0 +1,150 @@
+"""Fits that torchrun starts: killed, restarted, resumed; and searches within."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from joblib import parallel_config
+from sklearn.datasets import load_digits
+from sklearn.model_selection import GridSearchCV
+
+from sklearn_sela import SelfLabelClusterer
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and hasattr(os, "fork")), reason="needs torch.distributed and POSIX"
+)
+DIGITS = load_digits().images[:300]
+KILLS = int(os.environ.get("KILLS", "2"))  # more take minutes
+
+TRAIN = """
+import os, sys
+import numpy as np
+from joblib import parallel_config
+from sklearn.datasets import load_digits
+from sklearn_sela import SelfLabelClusterer
+
+def shift(x):
+    global batches
+    batches += 1
+    if batches == 40 and os.environ["RANK"] == "1" and os.environ["DIES"] == here():
+        os.kill(os.getpid(), 9)
+    return x + 0.1
+
+def here():
+    return os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+batches, rank = 0, os.environ["RANK"]
+open(f"pid{rank}", "w").write(str(os.getpid()))
+clusterer = SelfLabelClusterer(
+    10, max_epochs=16, random_state=0, checkpoint_dir="run", augment=shift, verbose=1
+)
+np.save(f"labels{rank}.npy", clusterer.fit(load_digits().images[:300]).labels_)
+"""
+
+
+def torchrun(script, folder, *options, dies="never"):
+    """A process that has begun to run the script in two, in a folder."""
+    (folder / "train.py").write_text(script)
+    for old in folder.glob("pid*"):
+        old.unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *options]
+    return subprocess.Popen(
+        [*command, "train.py"],
+        cwd=folder,
+        env={**os.environ, "DIES": dies},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def pids(folder, seconds=60):
+    """Of both processes, once they have begun."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = [folder / f"pid{rank}" for rank in range(2)]
+        if all(path.exists() and path.read_text() for path in found):
+            return [int(path.read_text()) for path in found]
+        time.sleep(0.02)
+    raise AssertionError("the processes did not begin")
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def labels(folder):
+    first, second = (np.load(folder / f"labels{rank}.npy") for rank in range(2))
+    np.testing.assert_array_equal(first, second)
+    return first
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = torchrun(TRAIN, folder)
+    out, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, out
+    assert out.count("epoch ") == 16  # the first process alone prints
+    return labels(folder)
+
+
+def test_killed_processes_end_the_job_and_the_same_command_resumes(undisturbed, tmp_path):
+    draw, resumed = random.Random(0), 0
+    for i in range(KILLS):
+        while True:  # until a process is killed before the fit has ended
+            run, rank = torchrun(TRAIN, tmp_path), draw.randrange(2)
+            both = pids(tmp_path)
+            time.sleep(draw.uniform(0, 6))
+            os.kill(both[rank], signal.SIGKILL)
+            out, _ = run.communicate(timeout=60)  # far less than torch's own 30 minutes
+            if run.returncode:
+                break
+            for old in [*tmp_path.glob("run/*"), *tmp_path.glob("labels*")]:
+                old.unlink()
+        assert f"rank      : {rank} " in out, out
+        assert "Signal 9 (SIGKILL)" in out, out
+        assert not any(map(is_alive, both))
+        resumed += (tmp_path / "run" / "features.pt").exists()
+        print(f"kill {i}: of rank {rank}, {out.count('epoch ')} epochs told")
+    run = torchrun(TRAIN, tmp_path)
+    out, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, out
+    np.testing.assert_array_equal(labels(tmp_path), undisturbed)
+    print(f"{KILLS} kills, {resumed} of them with something to resume")
+
+
+def test_torchrun_restarts_and_the_run_goes_on(undisturbed, tmp_path):
+    run = torchrun(TRAIN, tmp_path, "--max-restarts=1", dies="0")
+    out, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, out
+    assert out.count("epoch ") > 16  # those before the end of the first attempt, twice
+    np.testing.assert_array_equal(labels(tmp_path), undisturbed)
+
+
+def test_workers_of_a_search_that_torchrun_started_fit_alone(monkeypatch):
+    told = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    search = GridSearchCV(
+        SelfLabelClusterer(max_epochs=1, random_state=0),
+        {"n_clusters": [4, 8]},
+        cv=2,
+        n_jobs=2,
+        refit=False,
+    )
+    with parallel_config("multiprocessing"):
+        search.fit(DIGITS[:100])
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
