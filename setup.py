@@ -52,6 +52,7 @@ setup(
             *onnx,
             "onnxruntime>=1.18",  # reads what is exported
             "polars>=1",  # frames other than pandas'
+            "distributed>=2024.1",  # Dask, where searches may run
             "pytest>=8",
             "hypothesis>=6.100",  # properties of the solver
             "pytest-xdist>=3.5",  # both cores

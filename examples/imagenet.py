@@ -9,11 +9,13 @@ how much time and memory the whole run will take; ``--estimate-only`` stops ther
     python examples/imagenet.py FOLDER --estimate-only
     python examples/imagenet.py FOLDER --checkpoint-dir run
 
-``--checkpoint-dir`` keeps the run after every epoch; the same command resumes it.
+``--checkpoint-dir`` keeps the run after every epoch; the same command resumes it. On several GPUs
+it is ``torchrun --nproc-per-node=8 examples/imagenet.py FOLDER --checkpoint-dir run``.
 """
 
 import argparse
 import itertools
+import os
 import time
 
 import joblib
@@ -38,6 +40,7 @@ options = parser.parse_args()
 
 paths = image_paths(options.folder)
 n = len(paths)
+first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, the one that tells
 
 
 def clusterer(**changes):
@@ -77,7 +80,8 @@ if on_gpu:
     torch.cuda.reset_peak_memory_stats()
 start = time.perf_counter()
 model = clusterer(max_epochs=2, n_solves=1, checkpoint_dir=None, **trial).fit(few)
-print(f"{n:,} images; measured on {len(few)} of them in {time.perf_counter() - start:.0f} s")
+if first:
+    print(f"{n:,} images; measured on {len(few)} of them in {time.perf_counter() - start:.0f} s")
 epoch, with_solve = model.history_.seconds / len(few) * n
 start = time.perf_counter()
 model.predict(few)  # reads and decodes each file, and looks at it once
@@ -92,6 +96,7 @@ width = model.network_.heads.in_features
 heads = options.n_heads * options.n_clusters
 weights = sum(p.numel() for p in model.network_.backbone.parameters()) + (width + 1) * heads
 labels = n * (min(heads, width) * 4 + options.n_heads * 8)
+checkpoint = weights * 8 + n * options.n_heads * 8  # labels are hard
 rows = {
     "reading and decoding all once": f"{reading / 60:,.1f} min",
     "an epoch of training": f"{epoch / 60:,.1f} min",
@@ -99,16 +104,17 @@ rows = {
     f"{options.epochs} epochs, {options.n_solves} solves": f"{hours:,.1f} h",
     "labels and what solves look at": f"{labels / 1e9:,.2f} GB on the device",
     "weights, gradients, momentum": f"{weights * 12 / 1e9:,.2f} GB on the device",
-    "a checkpoint on disk": f"{(weights * 8 + labels) / 1e9:,.2f} GB",
+    "a checkpoint on disk": f"{checkpoint / 1e9:,.2f} GB",
 }
 if on_gpu:
     rows["peak of the trial, on the GPU"] = f"{torch.cuda.max_memory_allocated() / 1e9:,.2f} GB"
-for name, value in rows.items():
+for name, value in rows.items() if first else ():
     print(f"{name:<36}{value:>24}")
 if options.estimate_only:
     raise SystemExit
 
 fitted = clusterer().fit(paths)
-torch.save(torchvision_state_dict(fitted, classifier=False), options.output)
-joblib.dump(fitted, f"{options.output}.joblib")
-print(f"The backbone is in {options.output}, the estimator in {options.output}.joblib")
+if first:
+    torch.save(torchvision_state_dict(fitted, classifier=False), options.output)
+    joblib.dump(fitted, f"{options.output}.joblib")
+    print(f"The backbone is in {options.output}, the estimator in {options.output}.joblib")

@@ -254,6 +254,8 @@ class FeatureLabels(SelfLabels):
     ):
         self.n_features = n_features
         super().__init__(labels, weights, reg, reg_m, soft, 0.0, share)
+        if not soft:  # until the next pass, which sees all rows anew, only the labels are used
+            self._BY_ROW = self._BY_ROW[:1]
         self.head: list[Tensor] = []
 
     def _make_room(self) -> None:

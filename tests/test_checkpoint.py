@@ -171,6 +171,7 @@ def test_finished_run_is_not_trained_again(tmp_path):
         {"n_clusters": [5, 10, 12]},
         {"over_clusters": None, "n_views": 1, "n_solves": 2, "soft_targets": False},
         {"lr_schedule": "step", "label_momentum": 0, "n_views": 2},
+        {"label_momentum": 0, "n_views": 1, "soft_targets": False, "n_heads": 20},
         {"backbone": "mlp", "random_state": None},
     ],
 )

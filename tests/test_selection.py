@@ -348,6 +348,29 @@ def test_grid_search_in_a_pipeline_by_two_processes(tmp_path):
     assert max(threads) <= max(1, os.cpu_count() // 2)
 
 
+def test_searches_elsewhere_give_the_results_of_serial_ones():
+    distributed = pytest.importorskip("distributed", reason="dask is not here")
+
+    def scores(n_jobs):
+        grid = {"n_clusters": [3, 4], "n_heads": [2, 3]}
+        search = GridSearchCV(clusterer(max_epochs=2), grid, cv=2, n_jobs=n_jobs, refit=False)
+        results = search.fit(X).cv_results_
+        return {name: value for name, value in results.items() if "time" not in name}
+
+    serial = scores(None)
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, worker_dashboard_address=None
+    )
+    with joblib.parallel_config("loky"):
+        found = {"loky": scores(2)}
+    with cluster, distributed.Client(cluster), joblib.parallel_config("dask"):
+        found["dask"] = scores(-1)
+    for where, results in found.items():
+        assert results.keys() == serial.keys()
+        for name, values in serial.items():
+            np.testing.assert_array_equal(results[name], values, f"{name} by {where}")
+
+
 @pytest.mark.parametrize("kind", [HalvingGridSearchCV, RandomizedSearchCV])
 def test_other_searches(kind):
     options = {"n_iter": 3} if kind is RandomizedSearchCV else {"min_resources": 100}

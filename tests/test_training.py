@@ -535,11 +535,14 @@ def test_labels_kept_as_features_are_those_kept_as_scores(n_views, soft):
     assert losses == pytest.approx(others, abs=1e-3)
 
 
-def test_labels_kept_as_features_go_on_from_their_state():
+@pytest.mark.parametrize("soft", [True, False])
+def test_labels_kept_as_features_go_on_from_their_state(soft):
     toy = Toy()
-    labels = FeatureLabels(toy.start, toy.weights, 0.2, math.inf, True, n_features=2)
+    labels = FeatureLabels(toy.start, toy.weights, 0.2, math.inf, soft, n_features=2)
     toy.run(labels)
-    again = FeatureLabels(toy.start, toy.weights, 0.2, math.inf, True, n_features=2)
-    again.load_state_dict(copy.deepcopy(labels.state_dict()))
+    again = FeatureLabels(toy.start, toy.weights, 0.2, math.inf, soft, n_features=2)
+    state = copy.deepcopy(labels.state_dict())
+    assert ("features" in state) == soft  # hard labels do without, until the next pass
+    again.load_state_dict(state)
     assert torch.equal(again.labels, labels.labels)
     assert torch.equal(again.targets(torch.arange(N)), labels.targets(torch.arange(N)))
