@@ -31,6 +31,7 @@ _TOGETHER = 1 << 19  # entries, from which on other threads are worth waking
 _DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
 _F = np.float32
 _LOW, _HIGH = _F(-3e38), _F(3e38)
+_SUBNORMAL = _F(1e-39)
 _LEAST = _F(-126)  # exponents of two below have no normal float32
 _COMPILE: dict[str, Any] = {
     "fastmath": True,  # sums in any order, or nothing would be vectorised; scores are finite
@@ -229,6 +230,20 @@ def labels(s, a, g, index, out, tie, taken):  # type: ignore[no-untyped-def]
         start = ROWS * _take(taken)
 
 
+def _flushed(function: Any, *arguments: Any) -> Any:
+    """function(*arguments), tiny numbers being 0 meanwhile.
+
+    Squares of small probabilities have no normal float32, at which some processors stop to think:
+    a read takes them seven times as long.
+    """
+    before = bool(_SUBNORMAL * _F(1) == 0)
+    torch.set_flush_denormal(True)
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_flush_denormal(before)
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
@@ -294,7 +309,7 @@ class FusedReads:
         A thread takes a block of rows after another until none is left. This one starts at once
         and waits for no other that has not started: one that wakes late costs next to nothing.
         """
-        work = partial(function, *arguments, np.zeros(1, np.int64))
+        work = partial(_flushed, function, *arguments, np.zeros(1, np.int64))
         n = self._threads if arguments[0].size >= _TOGETHER else 1
         others = [_pool(n).submit(work) for _ in range(1, n)]
         return [work(), *(other.result() for other in others if not other.cancel())]

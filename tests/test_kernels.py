@@ -158,6 +158,20 @@ def test_scores_too_sharp_for_float32_are_read_in_float64(fused):
     assert reader.dtype == torch.float64
 
 
+@pytest.mark.parametrize("flushed", [False, True])
+def test_fused_reads_take_tiny_numbers_for_zero_and_leave_the_caller_his_way(fused, flushed):
+    tiny = np.array([1e-39], np.float32)
+    torch.set_flush_denormal(flushed)
+    try:
+        assert not fused._flushed(lambda: (tiny * np.float32(1)).any())
+        with pytest.raises(ZeroDivisionError):
+            fused._flushed(lambda: 1 // 0)
+        sinkhorn_labels(network_scores(2000, 150), reg=0.01)  # with squares below 1e-38
+        assert (tiny * np.float32(1)).any() != flushed
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_ties_in_a_large_matrix_are_split_in_proportion(fused):
     scores = np.zeros((50_000, 8), dtype=np.float32)
     scores[30_000:, 4:] = -1e3  # 20,000 rows that only the first four clusters suit

@@ -1,6 +1,6 @@
 """What more processes bring: throughput and quality of one fit over 1, 2 and 3 of them.
 
-    python benchmarks/distributed.py              # about five minutes on two cores
+    python benchmarks/processes.py              # about five minutes on two cores
 
 The script starts itself anew under torchrun for each line, with one thread a process; the lines
 take turns. Throughput is that of epochs: rows, over the median seconds of training and a solve.
