@@ -30,9 +30,9 @@ def starting_labels(
     if isinstance(init, np.ndarray):
         return init
     if init == "random":  # and balanced, as in the paper
-        balanced = np.arange(len(share)) % n_clusters
-        seeds = [[seed, t] + [share.shards.rank] * (share.shards.rank > 0) for t in range(n_heads)]
-        return np.stack([np.random.default_rng(s).permutation(balanced) for s in seeds])
+        balanced, rank = np.arange(len(share)) % n_clusters, share.shards.rank
+        rngs = [np.random.default_rng([seed, t, rank][: 3 if rank else 2]) for t in range(n_heads)]
+        return np.stack([rng.permutation(balanced) for rng in rngs])
     models = share.shards.first(
         lambda: [_k_means(geometry.points, n_clusters, seed + t, n_init=1) for t in range(n_heads)]
     )

@@ -69,8 +69,11 @@ class Share:
         if self.shards.alone and len(self) == self.n_given:
             return values
         gather = self.shards.gather_first if first else self.shards.gather
+        parts = gather((self.places, values))
+        if not parts:
+            return values
         out = np.full((self.n_given, *values.shape[1:]), -1, values.dtype)
-        for places, part in gather((self.places, values)):
+        for places, part in parts:
             out[places] = part
         return out
 

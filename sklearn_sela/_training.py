@@ -239,7 +239,7 @@ class FeatureLabels(SelfLabels):
     mean of what heads said that have changed since: momentum is 0.
     """
 
-    _BY_ROW = (("labels", 1), ("features", 0))
+    _BY_ROW: tuple[tuple[str, int], ...] = (("labels", 1), ("features", 0))
     _CHANGES = (*SelfLabels._CHANGES, "head")
 
     def __init__(
