@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import inspect
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -180,6 +183,16 @@ class Shards:
         return tensor.cpu().numpy()
 
 
+def _leave() -> None:
+    """Leave the group in good order at the end: gloo's threads may abort a process otherwise.
+
+    After an error the others may no longer be there, and NCCL would wait for them.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        gc.collect()  # fits that are over hold the group, in circles
+        dist.destroy_process_group()
+
+
 def _whole(text: str | None) -> int | None:
     return int(text) if text and text.isdigit() else None
 
@@ -194,5 +207,6 @@ def launched() -> Shards:
     child = multiprocessing.current_process().name != "MainProcess"
     if not dist.is_initialized() and dist.is_torchelastic_launched() and not child:
         dist.init_process_group()  # gloo, and NCCL for what is on GPUs
+        atexit.register(_leave)
     several = dist.is_initialized() and dist.get_world_size() > 1
     return Shards(dist.group.WORLD if several else None)

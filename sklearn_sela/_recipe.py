@@ -252,7 +252,7 @@ class Rounds:
         fixed = first, shares, r.reg, pull, r.soft_targets
         apart = n_views > 0 and r.label_momentum == 0  # passes that start afresh
         if apart and self.n_features < weights.size:
-            return FeatureLabels(*fixed, self.n_features, share)
+            return FeatureLabels(*fixed, n_features=self.n_features, share=share)
         return SelfLabels(*fixed, r.label_momentum, share)
 
     def _train(

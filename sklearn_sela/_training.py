@@ -242,19 +242,10 @@ class FeatureLabels(SelfLabels):
     _BY_ROW: tuple[tuple[str, int], ...] = (("labels", 1), ("features", 0))
     _CHANGES = (*SelfLabels._CHANGES, "head")
 
-    def __init__(
-        self,
-        labels: Tensor,
-        weights: Tensor,
-        reg: float,
-        reg_m: float,
-        soft: bool,
-        n_features: int,
-        share: Share | None = None,
-    ):
+    def __init__(self, *fixed: Any, n_features: int, share: Share | None = None):
         self.n_features = n_features
-        super().__init__(labels, weights, reg, reg_m, soft, 0.0, share)
-        if not soft:  # until the next pass, which sees all rows anew, only the labels are used
+        super().__init__(*fixed, 0.0, share)  # type: ignore[call-arg]
+        if not self.soft:  # until the next pass, which sees all rows anew, only the labels are used
             self._BY_ROW = self._BY_ROW[:1]
         self.head: list[Tensor] = []
 
