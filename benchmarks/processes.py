@@ -53,8 +53,8 @@ def started(what: str, n: int) -> list[float] | float:
     """The result of ``what`` in n processes of one thread each."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}"]
-        command = command if n > 1 else [sys.executable]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*command, f"--nproc-per-node={n}"] if n > 1 else [sys.executable]
         subprocess.run(
             [*command, __file__, "--what", what, "--out", str(out)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},

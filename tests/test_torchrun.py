@@ -56,9 +56,10 @@ def torchrun(script, folder, *options, dies="never"):
     (folder / "train.py").write_text(script)
     for old in folder.glob("pid*"):
         old.unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *options]
+    # A port of its own: two runs on torchrun's usual one would wait for each other's processes.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.Popen(
-        [*command, "train.py"],
+        [*command, *options, "train.py"],
         cwd=folder,
         env={**os.environ, "DIES": dies},
         stdout=subprocess.PIPE,
