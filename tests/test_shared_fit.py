@@ -211,7 +211,7 @@ def worker(rank, world, folder):
     accuracies = []
     if world == 2:
         for seed in range(3):
-            digits = SelfLabelClusterer(10, max_epochs=30, random_state=seed).fit(DIGITS.images)
+            digits = SelfLabelClusterer(10, max_epochs=20, random_state=seed).fit(DIGITS.images)
             accuracies.append(clustering_accuracy(DIGITS.target, digits.labels_))
     results = made, alone, refused, told(rank), resumed(rank, folder), accuracies
     with open(f"{folder}/{rank}", "wb") as file:
@@ -339,7 +339,7 @@ def test_quality_is_that_of_one_process(processes):
     alone = [
         clustering_accuracy(
             DIGITS.target,
-            SelfLabelClusterer(10, max_epochs=30, random_state=seed).fit_predict(DIGITS.images),
+            SelfLabelClusterer(10, max_epochs=20, random_state=seed).fit_predict(DIGITS.images),
         )
         for seed in range(3)
     ]

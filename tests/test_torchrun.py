@@ -1,34 +1,31 @@
-"""Fits that torchrun starts: killed, restarted, resumed; and searches within."""
+"""Fits that torchrun starts: killed, restarted, resumed; and what their processes start."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 import torch.distributed as dist
-from joblib import parallel_config
-from sklearn.datasets import load_digits
-from sklearn.model_selection import GridSearchCV
 
-from sklearn_sela import SelfLabelClusterer
+from sklearn_sela._distributed import launched
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and hasattr(os, "fork")), reason="needs torch.distributed and POSIX"
 )
-DIGITS = load_digits().images[:300]
-KILLS = int(os.environ.get("KILLS", "2"))  # more take minutes
+KILLS = int(os.environ.get("KILLS", "1"))  # more take minutes
 
 TRAIN = """
 import os, sys
 import numpy as np
-from joblib import parallel_config
 from sklearn.datasets import load_digits
 from sklearn_sela import SelfLabelClusterer
 
@@ -137,17 +134,13 @@ def test_torchrun_restarts_and_the_run_goes_on(undisturbed, tmp_path):
     np.testing.assert_array_equal(labels(tmp_path), undisturbed)
 
 
-def test_workers_of_a_search_that_torchrun_started_fit_alone(monkeypatch):
+def is_alone():
+    return launched().alone
+
+
+def test_a_process_that_one_of_torchruns_starts_is_alone(monkeypatch):
     told = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere"}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    search = GridSearchCV(
-        SelfLabelClusterer(max_epochs=1, random_state=0),
-        {"n_clusters": [4, 8]},
-        cv=2,
-        n_jobs=2,
-        refit=False,
-    )
-    with parallel_config("multiprocessing"):
-        search.fit(DIGITS[:100])
-    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(is_alone).result(timeout=100)
