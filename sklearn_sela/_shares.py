@@ -98,9 +98,11 @@ def share_out(X: np.ndarray | Images, shards: Shards, own_rows: bool) -> Share:
         sizes = shards.gather(n)
         offset = sum(sizes[: shards.rank])
         return Share(shards, np.arange(n), sum(sizes), sum(sizes), offset, False)
-    # Of a Dataset the same item may be another each time.
-    same = not isinstance(X, Images) or X.from_files
-    looks = shards.gather(fingerprint(X) if same else (X.shape, str(X.dtype)))
+    if isinstance(X, Images):  # unread: bad ones are looked for, and named, together
+        names = [X.name(i) for i in spread(n, _LOOKED_AT)]
+        looks = shards.gather(str((X.shape, X.dtype, names)))
+    else:
+        looks = shards.gather(fingerprint(X))
     if len(set(looks)) > 1:
         raise ValueError(
             "X differs between the processes of this fit: give all of them the same X; or, if each "

@@ -298,8 +298,8 @@ def self_label(
     """
     share, shards, n = labels.share, labels.share.shards, labels.labels.shape[1]
     n_batches = schedule.batches(share)
-    own_rows = [len(part) for part in torch.empty(n).tensor_split(n_batches)]
-    batch_rows = shards.sum(np.array(own_rows, dtype=np.float64)).tolist()
+    own_rows = n // n_batches + (np.arange(n_batches) < n % n_batches)  # as tensor_split does
+    batch_rows = shards.sum(own_rows.astype(np.float64)).tolist()
     sgd, rate = schedule.optimiser(network, schedule.epochs * n_batches)
     solve_epochs = schedule.solve_epochs()
     run = _Run(network, labels, sgd, rate, generator, checkpoint)
