@@ -254,8 +254,8 @@ def real_scores(dataset: str) -> dict[str, np.ndarray]:
     """What the solver was given early, in the middle and late in each round of a default fit."""
     from datasets import load
     from sklearn_sela import SelfLabelClusterer
+    from sklearn_sela._labels import SelfLabels
     from sklearn_sela._network import SelfLabelNetwork
-    from sklearn_sela._training import SelfLabels
 
     given: list[np.ndarray] = []
     solve = SelfLabels.solve

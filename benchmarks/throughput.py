@@ -20,8 +20,9 @@ from sklearn_sela import SelfLabelClusterer
 from sklearn_sela._augment import PhotoAugment
 from sklearn_sela._backbones import feature_width, make_backbone
 from sklearn_sela._data import Rows, Scaler
+from sklearn_sela._labels import SelfLabels
 from sklearn_sela._network import SelfLabelNetwork
-from sklearn_sela._training import Schedule, SelfLabels, self_label
+from sklearn_sela._training import Schedule, self_label
 from sklearn_sela._views import Views
 
 HEADS, CLUSTERS, BATCH, RATE, DECAY = 3, 50, 128, 0.05, 5e-4

@@ -25,14 +25,13 @@ from sklearn_sela._device import reseed
 from sklearn_sela._features import LearnedFeatures, starting_labels
 from sklearn_sela._heads import choose_head, start_at_centroids, target_sizes, view_joint
 from sklearn_sela._journal import Attributes, Journal, Stage
+from sklearn_sela._labels import FeatureLabels, SelfLabels
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._selection import compare_n_clusters, train_candidates
 from sklearn_sela._shares import Share
 from sklearn_sela._training import (
     Ended,
-    FeatureLabels,
     Schedule,
-    SelfLabels,
     self_label,
     stalled,
 )

@@ -22,8 +22,9 @@ from torch import nn
 from sklearn_sela._features import LearnedFeatures
 from sklearn_sela._heads import choose_head, cohen_kappa, start_at_centroids, target_sizes
 from sklearn_sela._journal import Stage
+from sklearn_sela._labels import SelfLabels
 from sklearn_sela._network import SelfLabelNetwork
-from sklearn_sela._training import Ended, Schedule, SelfLabels, self_label
+from sklearn_sela._training import Ended, Schedule, self_label
 from sklearn_sela._views import FrozenViews, ViewStream
 
 SCORED_ROWS = 2_000  # of those below: their silhouettes need the distances of all pairs

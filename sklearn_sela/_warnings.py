@@ -14,7 +14,7 @@ import sklearn.callback
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_sela._distributed import Shards
-from sklearn_sela._training import LABEL_TOL
+from sklearn_sela._labels import LABEL_TOL
 from sklearn_sela._validation import cluster_sizes
 
 _NO_CLUSTERS = 0.05  # best score, below which the number found means little

@@ -20,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import GridSearchCV
 
-from sklearn_sela import SelfLabelClusterer, _recipe, _training, metrics
+from sklearn_sela import SelfLabelClusterer, _labels, _recipe, metrics
 
 X, Y = make_blobs(200, centers=4, n_features=6, random_state=0)
 FEATURES, CLUSTERS = ["features"] * 2, ["clusters"] * 2
@@ -278,7 +278,7 @@ def test_a_plateau_ends_a_resumed_round_where_it_would_have(tmp_path, monkeypatc
     assert list(resumed.history_.loss) == list(whole.history_.loss)
     np.testing.assert_array_equal(resumed.predict_proba(X), whole.predict_proba(X))
     calls = []
-    monkeypatch.setattr(_training.SelfLabels, "solve", lambda *_: calls.append(1))
+    monkeypatch.setattr(_labels.SelfLabels, "solve", lambda *_: calls.append(1))
     run.fit(X)
     assert calls == []  # both rounds were over
 

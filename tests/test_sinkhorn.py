@@ -643,7 +643,7 @@ def test_labels_of_a_real_fit_are_those_of_the_oracle(monkeypatch):
     from sklearn.datasets import load_digits
 
     from sklearn_sela import SelfLabelClusterer
-    from sklearn_sela._training import SelfLabels
+    from sklearn_sela._labels import SelfLabels
 
     given_to_solver, solve = [], SelfLabels.solve
 

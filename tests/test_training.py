@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from sklearn_sela._heads import sizes_are_equal, target_sizes
+from sklearn_sela._labels import FeatureLabels, SelfLabels
 from sklearn_sela._network import SelfLabelNetwork
 from sklearn_sela._training import (
-    FeatureLabels,
     Schedule,
-    SelfLabels,
     label_pass,
     self_label,
     stalled,
