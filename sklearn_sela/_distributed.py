@@ -9,6 +9,8 @@ import inspect
 import multiprocessing
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -19,6 +21,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 T = TypeVar("T")
+
+_POLL = 0.05  # seconds
 
 
 class Shards:
@@ -183,6 +187,36 @@ class Shards:
         return tensor.cpu().numpy()
 
 
+def fresh_store(store: Any, rank: int, size: int) -> Any:
+    """A part of a store that holds nothing yet, the same for all processes of this attempt.
+
+    torchrun keeps one store over restarts: a process would find addresses there of those that
+    were killed before, and wait for them. Counts of restarts differ between machines. So the
+    first process names the attempt, and the others follow once it has seen them; whoever is in
+    an answer of the first has not got that of an earlier attempt.
+
+    Raises
+    ------
+    TimeoutError
+        When the others have not come by the time that the store allows.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    others = range(1, size)
+    if rank == 0:
+        store.set("attempt", own)
+        store.wait([f"{own}/{other}" for other in others])
+        seen = [store.get(f"{own}/{other}") for other in others]
+        store.set(f"{own}/seen", b" ".join(seen))
+        return dist.PrefixStore(own, store)
+    while time.monotonic() < end:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{rank}", own)
+        if store.check([f"{attempt}/seen"]) and own.encode() in store.get(f"{attempt}/seen"):
+            return dist.PrefixStore(attempt, store)
+        time.sleep(_POLL)
+    raise TimeoutError(f"The first process of {size} has not joined this one, of rank {rank}.")
+
+
 def _leave() -> None:
     """Leave the group in good order at the end: gloo's threads may abort a process otherwise.
 
@@ -206,7 +240,9 @@ def launched() -> Shards:
         return Shards()
     child = multiprocessing.current_process().name != "MainProcess"
     if not dist.is_initialized() and dist.is_torchelastic_launched() and not child:
-        dist.init_process_group()  # gloo, and NCCL for what is on GPUs
+        kept, rank, size = next(dist.rendezvous("env://"))
+        store = fresh_store(kept, rank, size)
+        dist.init_process_group(store=store, rank=rank, world_size=size)  # gloo; NCCL on GPUs
         atexit.register(_leave)
     several = dist.is_initialized() and dist.get_world_size() > 1
     return Shards(dist.group.WORLD if several else None)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from torch import nn
 
-from sklearn_sela import SelfLabelClusterer, _data, _features, _training
+from sklearn_sela import SelfLabelClusterer, _data, _features, _labels
 
 IMAGES = load_digits().images[:200]
 FLAT = IMAGES.reshape(200, -1)
@@ -602,7 +602,7 @@ def test_one_cluster_that_was_asked_for_is_no_collapse():
 
 
 def test_label_solve_that_does_not_converge_warns_with_advice(monkeypatch):
-    monkeypatch.setattr(_training, "_LABEL_ITER", 1)
+    monkeypatch.setattr(_labels, "_LABEL_ITER", 1)
     shares = [0.91, 0.03, 0.03, 0.03]  # far from the blobs', which are equal
     with pytest.warns(ConvergenceWarning, match=r"marginal error.*Raise reg=0\.2"):
         clusterer(over_clusters=None, cluster_sizes=shares).fit(BLOBS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import multiprocessing
 import os
 import random
@@ -10,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
-from sklearn_sela._distributed import launched
+from sklearn_sela._distributed import fresh_store, launched
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and hasattr(os, "fork")), reason="needs torch.distributed and POSIX"
@@ -144,3 +145,36 @@ def test_a_process_that_one_of_torchruns_starts_is_alone(monkeypatch):
         monkeypatch.setenv(name, value)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(is_alone).result(timeout=100)
+
+
+def joined(store, order):
+    """How many are in the part of a store that each process gets, by the order they come in."""
+    with ThreadPoolExecutor(len(order)) as pool:
+        coming = []
+        for rank in order:
+            coming.append(pool.submit(fresh_store, store, rank, len(order)))
+            time.sleep(0.1)
+        return [part.result().add("here", 1) for part in coming]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_a_restarted_process_does_not_meet_those_of_the_attempt_before(order):
+    store = dist.HashStore()  # kept over restarts, as torchrun's is
+    for _ in range(3):
+        assert joined(store, order) == [1, 2, 3]
+
+
+def test_an_attempt_that_ended_before_all_had_come_is_forgotten():
+    store = dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=0.5))
+    with pytest.raises(dist.DistStoreError):
+        fresh_store(store, 0, 3)
+    assert joined(store, (1, 0, 2)) == [1, 2, 3]
+
+
+def test_a_process_does_not_wait_for_the_first_for_ever():
+    store = dist.HashStore()
+    joined(store, (0, 1))
+    store.set_timeout(datetime.timedelta(seconds=0.3))
+    with pytest.raises(TimeoutError, match="rank 1"):
+        fresh_store(store, 1, 2)
