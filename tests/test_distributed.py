@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import pickle
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import WORLDS, by_processes
 
 from sklearn_sela import _sinkhorn, sinkhorn_labels
 from sklearn_sela._distributed import Shards
@@ -88,11 +85,8 @@ def bytes_sent(n, k):
     return result.n_iter, made[0].n_bytes
 
 
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, timeout, world, rank)
+def work(rank, world, folder):
+    """(results, refused, sent) of a process."""
     group = dist.group.WORLD
     results = {name: solve(*problem, rank, world, group) for name, problem in PROBLEMS.items()}
     # All rows but those of the last process, which has none.
@@ -108,17 +102,13 @@ def worker(rank, world, folder):
         lambda: sinkhorn_labels(scores_of(50, 3)[0] if rank == 0 else scores_of(50, 3), group=group)
     )
     sent = {n: bytes_sent(n, 50) for n in (100, 1000, 10_000)}
-    with open(f"{folder}/{rank}", "wb") as file:
-        pickle.dump((results, refused, sent), file)
-    dist.destroy_process_group()
+    return results, refused, sent
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=WORLDS)
 def processes(request, tmp_path_factory):
     """(results, refused, sent) of each process."""
-    folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    mp.spawn(worker, (world, str(folder)), nprocs=world)
-    return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(world)]
+    return by_processes(work, tmp_path_factory)[request.param]
 
 
 def labels_of_all(processes, name):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
-import pickle
 import warnings
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from numpy.testing import assert_array_equal
 from PIL import Image
+from processes import WORLDS, by_processes
 from sklearn.callback import ScoringMonitor
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV
@@ -22,6 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sklearn_sela import SelfLabelClusterer
+from sklearn_sela._distributed import launched
 from sklearn_sela.metrics import clustering_accuracy
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -30,7 +28,9 @@ N = 301  # that neither two nor three processes can share evenly
 GROUP = np.arange(N) % 3
 VECTORS = np.random.default_rng(0).normal(size=(N, 12)) + 6 * np.eye(12)[GROUP]
 IMAGES = np.kron(np.random.default_rng(0).random((90, 3, 4, 4)), np.ones((4, 4)))
-DIGITS = load_digits()
+#: Half of the digits, which few epochs tell apart; all ten, longer: benchmarks/processes.py.
+DIGITS, DIGIT = load_digits(n_class=5, return_X_y=True)
+DIGITS = DIGITS.reshape(-1, 8, 8)
 
 
 class Items(Dataset):
@@ -117,7 +117,6 @@ FITS = {
     "given labels": lambda *_: clusterer(over_clusters=None, init=GROUP).fit(VECTORS),
     "hard": lambda *_: clusterer(soft_targets=False, cluster_sizes="balanced").fit(VECTORS),
     "passes": lambda *_: clusterer(n_views=1, label_momentum=0).fit(VECTORS),
-    "no neighbours": lambda *_: clusterer(n_neighbors=0).fit(VECTORS),
     "candidates": lambda *_: clusterer(n_clusters=[2, 3, 4]).fit(VECTORS),
     "no training left": lambda *_: clusterer(max_epochs=1).fit(VECTORS),
     "images": lambda *_: clusterer(max_epochs=2, cluster_sizes="balanced").fit(IMAGES),
@@ -181,6 +180,11 @@ def told(rank):
     return lines.getvalue(), texts, stop.seen, watched.n_iter_, scores
 
 
+def accuracy_on_digits(seed):
+    digits = SelfLabelClusterer(5, max_epochs=20, random_state=seed).fit(DIGITS)
+    return clustering_accuracy(DIGIT, digits.labels_)
+
+
 def accuracy(estimator, X, y):
     return clustering_accuracy(y, estimator.predict(X))
 
@@ -196,45 +200,45 @@ def resumed(rank, folder):
     return facts(whole), facts(again), facts(alone)
 
 
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    timeout = datetime.timedelta(seconds=100)
-    dist.init_process_group("gloo", f"file://{folder}/store", timeout, world, rank)
+def work(rank, world, folder):
+    """What a process has to say, by name."""
+    folder = images_and_a_run(folder / f"of{world}") if rank == 0 else None
+    folder = launched().first(lambda: folder)
     made = {}
     for name in FITS if world == 2 else UNEVEN:
         fit = FITS[name]
-        arguments = (rank, world, f"{folder}/images") if "files" in name else (rank, world)
+        arguments = (rank, world, folder / "images") if "files" in name else (rank, world)
         made[name] = facts(fit(*arguments))
-    alone = clusterer(distributed=None).fit(VECTORS).labels_
-    refused = {name: message(lambda f=fit: f(rank)) for name, fit in REFUSED.items()}
     accuracies = []
     if world == 2:
-        for seed in range(3):
-            digits = SelfLabelClusterer(10, max_epochs=20, random_state=seed).fit(DIGITS.images)
-            accuracies.append(clustering_accuracy(DIGITS.target, digits.labels_))
-    results = made, alone, refused, told(rank), resumed(rank, folder), accuracies
-    with open(f"{folder}/{rank}", "wb") as file:
-        pickle.dump(results, file)
-    dist.destroy_process_group()
+        accuracies = [accuracy_on_digits(seed) for seed in range(3)]
+    return {
+        "made": made,
+        "alone": clusterer(distributed=None).fit(VECTORS).labels_,
+        "refused": {name: message(lambda f=fit: f(rank)) for name, fit in REFUSED.items()},
+        "told": told(rank),
+        "resumed": resumed(rank, folder),
+        "accuracies": accuracies,
+    }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def processes(request, tmp_path_factory):
-    """What each process has to say, by name; and the folder that they shared."""
-    folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    (folder / "images").mkdir()
+def images_and_a_run(folder):
+    """A folder with a folder of images, two of them bad, and a run of one process cut short."""
+    (folder / "images").mkdir(parents=True)
     for i, image in enumerate(IMAGES):
         pixels = (255 * image).astype(np.uint8).transpose(1, 2, 0)
         Image.fromarray(pixels).save(folder / "images" / f"{i:03}.png")
     for name in ("007.png", "050.png"):
         (folder / "images" / name).write_text("no image")
-    stop = clusterer(checkpoint_dir=folder / "alone").set_callbacks(StopAfter(4))
-    stop.fit(VECTORS)
-    mp.spawn(worker, (world, str(folder)), nprocs=world)
-    names = ("made", "alone", "refused", "told", "resumed", "accuracies")
-    found = [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(world)]
-    return [dict(zip(names, results, strict=True)) for results in found]
+    alone = clusterer(checkpoint_dir=folder / "alone", distributed=None)
+    alone.set_callbacks(StopAfter(4)).fit(VECTORS)
+    return folder
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def processes(request, tmp_path_factory):
+    """What each process has to say, by name."""
+    return by_processes(work, tmp_path_factory)[request.param]
 
 
 def assert_same(one, two):
@@ -325,7 +329,7 @@ def test_a_run_that_was_cut_short_ends_as_without_the_cut(processes):
         assert_same(whole, again)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(processes, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(processes):
     for of_rank in processes:
         _, _, resumed = of_rank["resumed"]
         assert len(resumed["tables"][0]) == 6
@@ -336,12 +340,6 @@ def test_quality_is_that_of_one_process(processes):
     accuracies = processes[0]["accuracies"]
     if not accuracies:
         pytest.skip("measured once, with two processes")
-    alone = [
-        clustering_accuracy(
-            DIGITS.target,
-            SelfLabelClusterer(10, max_epochs=20, random_state=seed).fit_predict(DIGITS.images),
-        )
-        for seed in range(3)
-    ]
+    alone = [accuracy_on_digits(seed) for seed in range(3)]
     print(f"two processes {accuracies}, one {alone}")
     assert np.median(accuracies) > np.median(alone) - 0.02
