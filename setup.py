@@ -56,7 +56,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",  # properties of the solver
             "pytest-xdist>=3.5",  # both cores
-            "filelock>=3.12",  # what one of its processes has made, for the others; torch has it too
+            "filelock>=3.12",  # what one of them has made, for the other; torch has it too
         ],
         "lint": ["ruff>=0.9", "codespell>=2.3", "mypy>=1.14", "pandas-stubs"],
     },
