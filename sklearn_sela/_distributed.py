@@ -192,8 +192,8 @@ def fresh_store(store: Any, rank: int, size: int) -> Any:
 
     torchrun keeps one store over restarts: a process would find addresses there of those that
     were killed before, and wait for them. Counts of restarts differ between machines. So the
-    first process names the attempt, and the others follow once it has seen them; whoever is in
-    an answer of the first has not got that of an earlier attempt.
+    first process names the attempt, the others tell it that they are there, and it lists them:
+    a list of an earlier attempt, which may be all that is there yet, does not have them.
 
     Raises
     ------

@@ -117,6 +117,7 @@ FITS = {
     "given labels": lambda *_: clusterer(over_clusters=None, init=GROUP).fit(VECTORS),
     "hard": lambda *_: clusterer(soft_targets=False, cluster_sizes="balanced").fit(VECTORS),
     "passes": lambda *_: clusterer(n_views=1, label_momentum=0).fit(VECTORS),
+    "no neighbours": lambda *_: clusterer(n_neighbors=0).fit(VECTORS),
     "candidates": lambda *_: clusterer(n_clusters=[2, 3, 4]).fit(VECTORS),
     "no training left": lambda *_: clusterer(max_epochs=1).fit(VECTORS),
     "images": lambda *_: clusterer(max_epochs=2, cluster_sizes="balanced").fit(IMAGES),
