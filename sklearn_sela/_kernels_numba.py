@@ -23,34 +23,40 @@ from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sklearn_sela._lanes import (
+    LANES,
+    add,
+    add_to_exponent,
+    fma,
+    load,
+    load_some,
+    maximum,
+    mul,
+    splat,
+    store,
+    sub,
+    total,
+)
+
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
-_LINE = 16  # entries of float32 that come into the cache together
-_LONG = 512  # columns of rows that the processor does not fetch ahead well enough by itself
+_AHEAD = 2048  # entries between what is read and what is asked for
 _TOGETHER = 1 << 19  # entries, from which on other threads are worth waking
+_TAKEN, _DONE = 0, 1  # of the two counts of blocks that threads share
+_LOOKS = 100_000  # at how far the others are, before this thread sleeps until they have ended
 _DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
 _F = np.float32
 _LOW, _HIGH = _F(-3e38), _F(3e38)
 _SUBNORMAL = _F(1e-39)
 _LEAST = _F(-126)  # exponents of two below have no normal float32
+_ROUNDED = _F(1.5 * 2**23)  # added to a number, it leaves no bits for a fraction
+_NOTHING = _F(-1e30)  # power of a cluster that gets nothing
 _COMPILE: dict[str, Any] = {
     "fastmath": True,  # sums in any order, or nothing would be vectorised; scores are finite
     "nogil": True,
     "cache": True,
     "error_model": "numpy",
 }
-
-
-@intrinsic
-def _times_power(context, p, whole):  # type: ignore[no-untyped-def]
-    """p * 2 ** whole for 1 <= p < 2: whole is added to the bits of p's exponent."""
-
-    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        i32 = ir.IntType(32)
-        power = builder.shl(builder.fptosi(args[1], i32), i32(23))
-        return builder.bitcast(builder.add(builder.bitcast(args[0], i32), power), ir.FloatType())
-
-    return types.float32(types.float32, types.float32), code
 
 
 def _extremum(name):  # type: ignore[no-untyped-def]
@@ -84,14 +90,25 @@ def _magnitude(context, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _take(context, taken):  # type: ignore[no-untyped-def]
-    """The number of the next block that no thread has taken yet; ``taken[0]`` counts them."""
+def _count(context, blocks, which):  # type: ignore[no-untyped-def]
+    """Add one to blocks[which], which threads share; returns what was there before."""
 
     def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        place = make_array(taken)(context, builder, args[0]).data
-        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
+        place = builder.gep(make_array(blocks)(context, builder, args[0]).data, [args[1]])
+        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "acq_rel")
 
-    return types.int64(taken), code
+    return types.int64(blocks, types.intp), code
+
+
+@intrinsic
+def _counted(context, blocks, which):  # type: ignore[no-untyped-def]
+    """blocks[which] as it is now, and with it all that was written before it was counted."""
+
+    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place = builder.gep(make_array(blocks)(context, builder, args[0]).data, [args[1]])
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(blocks, types.intp), code
 
 
 @intrinsic
@@ -116,45 +133,59 @@ def _prefetch(context, s, i, j):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def _exp2(t):  # type: ignore[no-untyped-def]
-    """2 ** t for t < 128, to 2e-7: the minimax polynomial of the fraction, then the exponent."""
-    t = _max(t, _LEAST)
-    whole = np.floor(t)
-    f = t - whole
-    p = _F(1.877576650e-3) * f + _F(8.989340199e-3)
-    p = p * f + _F(5.582631791e-2)
-    p = p * f + _F(2.401536171e-1)
-    p = p * f + _F(6.931530732e-1)
-    p = p * f + _F(9.999999251e-1)
-    return _times_power(p, whole)
+    """2 ** t for t < 128, to 2e-7: a minimax polynomial of what rounding t leaves."""
+    t = maximum(t, splat(_LEAST))
+    shifted = add(t, splat(_ROUNDED))
+    f = sub(t, sub(shifted, splat(_ROUNDED)))
+    p = fma(f, splat(_F(1.339887440e-3)), splat(_F(9.618437358e-3)))
+    p = fma(p, f, splat(_F(5.550332471e-2)))
+    p = fma(p, f, splat(_F(2.402264791e-1)))
+    p = fma(p, f, splat(_F(6.931472029e-1)))
+    p = fma(p, f, splat(_F(1)))
+    return add_to_exponent(p, shifted)
 
 
 @njit(inline="always")
-def _row_of(k, value):  # type: ignore[no-untyped-def]
-    """k entries that start at a cache line: vectors that straddle two cost a sixth of a read."""
-    room = np.empty(k + _LINE, np.float32)
-    start = -room.ctypes.data % (4 * _LINE) // 4
-    row = room[start : start + k]
-    row[:] = value
-    return row
+def _rows_of(n, k, value):  # type: ignore[no-untyped-def]
+    """n rows of at least k entries, each a number of cache lines of its own.
+
+    Vectors that straddle two lines cost a sixth of a read.
+    """
+    width = -(-k // LANES) * LANES
+    room = np.empty(n * width + LANES, np.float32)
+    start = -room.ctypes.data % (4 * LANES) // 4
+    rows = room[start : start + n * width].reshape(n, width)
+    rows[:] = value
+    return rows
 
 
 @njit(**_COMPILE)
-def scan(s, top, taken):  # type: ignore[no-untyped-def]
-    """Largest entry of each row into top; returns (widest row, largest magnitude)."""
+def all_done(blocks, n):  # type: ignore[no-untyped-def]
+    """Whether n blocks are done, looking for about a tenth of a millisecond."""
+    looks = 0
+    while looks < _LOOKS and _counted(blocks, _DONE) < n:
+        looks += 1
+    return looks < _LOOKS
+
+
+@njit(**_COMPILE)
+def scan(s, top, widest, largest, blocks):  # type: ignore[no-untyped-def]
+    """Into top the largest entry of each row; of each block the widest row, largest magnitude."""
     n, k = s.shape
-    widest, largest = _F(0), np.int32(0)
-    start = ROWS * _take(taken)
-    while start < n:
-        for i in range(start, min(start + ROWS, n)):
+    block = _count(blocks, _TAKEN)
+    while block < len(widest):
+        wide, bits = _F(0), np.int32(0)
+        for i in range(block * ROWS, min((block + 1) * ROWS, n)):
             high, low = _LOW, _HIGH
             for j in range(k):
                 x = _F(s[i, j])
                 high, low = _max(high, x), _min(low, x)
-                largest = max(largest, _magnitude(x))
+                bits = max(bits, _magnitude(x))
             top[i] = high
-            widest = _max(widest, high - low)
-        start = ROWS * _take(taken)
-    return widest, largest
+            wide = _max(wide, high - low)
+        widest[block], largest[block] = wide, bits
+        _count(blocks, _DONE)
+        block = _count(blocks, _TAKEN)
 
 
 @njit(**_COMPILE)
@@ -167,53 +198,74 @@ def _largest_exponents(s, a, g, base, start, stop):  # type: ignore[no-untyped-d
 
 
 @njit(**_COMPILE)
-def column_sums(s, a, g, weight, ahead, base, refresh, parts, taken):  # type: ignore[no-untyped-def]
+def column_sums(s, a, g, weight, copied, base, refresh, parts, blocks):  # type: ignore[no-untyped-def]
     """Into parts[block]: sums over its rows of weight (None: 1) times q and times q ** 2.
 
     q is the softmax of (a * s + g) * log 2. ``base`` holds what is taken off the exponents of
     each row so that they do not overflow: about their maximum, which ``refresh`` finds anew.
-    ``ahead`` (else None, for which numba compiles a faster loop without it) asks for the row
-    after the one that is read.
+    Rows are taken in twos, which halves the work on the sums; those that are not contiguous
+    float32 are ``copied`` first (else None, for which numba compiles a loop without it).
     """
     n, k = s.shape
-    e, sums, squares, g = _row_of(k, _F(0)), _row_of(k, _F(0)), _row_of(k, _F(0)), _row_of(k, g)
-    block = _take(taken)
+    e, sums = _rows_of(2, k, _F(0)), _rows_of(2, k, _F(0))
+    room, gains = _rows_of(2, k, _F(0)), _rows_of(1, k, _NOTHING)
+    gains[0, :k] = g
+    over, w = np.empty(2, np.float32), np.empty(2, np.float32)
+    scale, ahead, whole = splat(a), max(2, _AHEAD // k), k // LANES * LANES
+    block = _count(blocks, _TAKEN)
     while block < len(parts):
         start, stop = block * ROWS, min((block + 1) * ROWS, n)
         if refresh:
             _largest_exponents(s, a, g, base, start, stop)
-        sums[:], squares[:] = _F(0), _F(0)
-        for i in range(start, stop):
-            if ahead is not None and i + 1 < n:  # or the processor would wait for each long row
-                for j in range(0, k, _LINE):
-                    _prefetch(s, i + 1, j)
-            off, total = base[i], _F(0)
-            for j in range(k):
-                x = _exp2(_F(s[i, j]) * a + (g[j] - off))
-                e[j] = x
-                total += x
-            over, w = _F(1) / total, _F(1)
-            if weight is not None:
-                w = weight[i]
-            for j in range(k):
-                q = over * e[j]
-                sums[j] += w * q
-                squares[j] += w * q * q
-        parts[block, 0], parts[block, 1] = sums, squares
-        block = _take(taken)
+        sums[:] = _F(0)
+        for i in range(start, stop, 2):
+            for r in range(2):
+                row = min(i + r, stop - 1)
+                off, summed = splat(base[row]), splat(_F(0))
+                w[r] = _F(1)
+                if weight is not None:
+                    w[r] = weight[row]
+                if copied is not None:
+                    for j in range(k):
+                        room[r, j] = s[row, j]
+                for j in range(0, k, LANES):
+                    _prefetch(s, i + r + ahead, j)
+                    if copied is not None:
+                        x = load(room, r, j)
+                    elif j < whole:
+                        x = load(s, row, j)
+                    else:
+                        x = load_some(s, row, j, k - j)
+                    x = _exp2(sub(fma(x, scale, load(gains, 0, j)), off))
+                    store(e, r, j, x)
+                    summed = add(summed, x)
+                over[r] = _F(1) / total(summed)
+            if i + 1 == stop:
+                over[1] = _F(0)  # the last row stands for the one that is not there
+            over_0, over_1, w_0, w_1 = splat(over[0]), splat(over[1]), splat(w[0]), splat(w[1])
+            for j in range(0, k, LANES):
+                q, other = mul(over_0, load(e, 0, j)), mul(over_1, load(e, 1, j))
+                wq, w_other = q, other
+                if weight is not None:
+                    wq, w_other = mul(w_0, q), mul(w_1, other)
+                store(sums, 0, j, add(load(sums, 0, j), add(wq, w_other)))
+                store(sums, 1, j, fma(w_other, other, fma(wq, q, load(sums, 1, j))))
+        parts[block] = sums[:, :k]
+        _count(blocks, _DONE)
+        block = _count(blocks, _TAKEN)
 
 
 @njit(**_COMPILE)
-def labels(s, a, g, index, out, tie, taken):  # type: ignore[no-untyped-def]
+def labels(s, a, g, index, out, tie, blocks):  # type: ignore[no-untyped-def]
     """Into out the largest of a * s + g of each row; -1 less it if another is within tie.
 
     ``index`` counts the columns as floats, which mix with scores in one vector register.
     """
     n, k = s.shape
-    z, g, index = _row_of(k, _F(0)), _row_of(k, g), _row_of(k, index)
-    start = ROWS * _take(taken)
-    while start < n:
-        for i in range(start, min(start + ROWS, n)):
+    z = np.empty(k, np.float32)
+    block = _count(blocks, _TAKEN)
+    while block * ROWS < n:
+        for i in range(block * ROWS, min((block + 1) * ROWS, n)):
             high = _LOW
             for j in range(k):
                 x = _F(s[i, j]) * a + g[j]
@@ -227,10 +279,11 @@ def labels(s, a, g, index, out, tie, taken):  # type: ignore[no-untyped-def]
             out[i] = np.int64(which)
             if close > _F(1):
                 out[i] = -1 - np.argmax(z)
-        start = ROWS * _take(taken)
+        _count(blocks, _DONE)
+        block = _count(blocks, _TAKEN)
 
 
-def _flushed(function: Any, *arguments: Any) -> Any:
+def _flushed(function: Any, *arguments: Any) -> None:
     """function(*arguments), tiny numbers being 0 meanwhile.
 
     Squares of small probabilities have no normal float32, at which some processors stop to think:
@@ -239,14 +292,15 @@ def _flushed(function: Any, *arguments: Any) -> Any:
     before = bool(_SUBNORMAL * _F(1) == 0)
     torch.set_flush_denormal(True)
     try:
-        return function(*arguments)
+        function(*arguments)
     finally:
         torch.set_flush_denormal(before)
 
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+    # Theirs alone, so that they need not put it back (see _flushed).
+    return ThreadPoolExecutor(threads, initializer=partial(torch.set_flush_denormal, True))
 
 
 class FusedReads:
@@ -259,26 +313,28 @@ class FusedReads:
 
     def scan(self, tile: Tensor, head: int) -> tuple[float, float] | None:
         """(widest row, largest magnitude); None if not all scores are finite."""
-        top = np.empty(len(tile), np.float32)
-        found = self._in_threads(scan, tile.numpy(), top)
-        largest = np.int32(max(bits for _, bits in found)).view(np.float32)
+        top, n_blocks = np.empty(len(tile), np.float32), -(-len(tile) // ROWS)
+        widest, bits = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.int32)
+        self._in_threads(scan, tile.numpy(), top, widest, bits)
+        largest = bits.max().view(np.float32)
         if not np.isfinite(largest):
             return None
         self._offsets[head].append(top)
-        return max(widest for widest, _ in found), float(largest)
+        return float(widest.max()), float(largest)
 
     def column_sums(self, ask: Any, weight: Tensor | None) -> Callable[[Tensor, slice], Any]:
         """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, (2, K)."""
         a, g = ask.powers()
         refresh = self._drifted(ask, a, g)
-        ahead = True if len(g) >= _LONG else None
         offsets = self._offsets[ask.head]
 
         def read(tile: Tensor, rows: slice) -> NDArray[np.float64]:
             parts = np.empty((-(-len(tile) // ROWS), 2, len(g)))
             w = None if weight is None else weight[rows].numpy()
-            rest = (g, w, ahead, offsets[rows], refresh, parts)
-            self._in_threads(column_sums, tile.numpy(), np.float32(a), *rest)
+            scores = tile.numpy()
+            contiguous = scores.dtype == np.float32 and scores.strides[1] == 4
+            rest = (g, w, None if contiguous else True, offsets[rows], refresh, parts)
+            self._in_threads(column_sums, scores, np.float32(a), *rest)
             return parts.sum(0)
 
         return read
@@ -303,13 +359,19 @@ class FusedReads:
         self._right_at[head] = ask.reg, g
         return True
 
-    def _in_threads(self, function: Any, *arguments: Any) -> list[Any]:
-        """What function(*arguments, taken) returned in each thread that took part.
+    def _in_threads(self, function: Any, scores: Any, *arguments: Any) -> None:
+        """function(scores, *arguments, blocks) in each thread that comes in time to take part.
 
         A thread takes a block of rows after another until none is left. This one starts at once
-        and waits for no other that has not started: one that wakes late costs next to nothing.
+        and looks out for the end itself: to be woken by another takes as long as a few blocks.
         """
-        work = partial(_flushed, function, *arguments, np.zeros(1, np.int64))
-        n = self._threads if arguments[0].size >= _TOGETHER else 1
-        others = [_pool(n).submit(work) for _ in range(1, n)]
-        return [work(), *(other.result() for other in others if not other.cancel())]
+        blocks = np.zeros(2, np.int64)
+        arguments = (scores, *arguments, blocks)
+        n = self._threads if scores.size >= _TOGETHER else 1
+        others = [_pool(n).submit(function, *arguments) for _ in range(1, n)]
+        _flushed(function, *arguments)
+        if not all_done(blocks, -(-len(scores) // ROWS)):
+            for other in others:
+                other.result()
+        for other in others:
+            other.cancel()  # it would find nothing left to do

@@ -21,17 +21,27 @@ def read_labels(reader: Reader, asks: list[Ask], limit: float | None) -> list[Te
     """
     out = []
     for ask, labels in zip(asks, reader.largest(asks), strict=True):
-        if (labels < 0).any():
+        least, most = _ends(labels)
+        if least < 0:
             _split_ties(reader, ask, labels)
         live = labels if reader.uniform else labels[reader.r > 0]
+        if least < 0 or live is not labels:
+            least, most = _ends(live)
         n = reader.shards.total(len(live))
         if limit is not None and n * (1 - limit) > 1 - 1e-9:  # owed to others
-            ends = [-float(live.min()), float(live.max())] if len(live) else [-math.inf] * 2
-            least, most = reader.shards.max(*ends)
-            if -least == most:
+            negative, most = reader.shards.max(-least, most)
+            if -negative == most:
                 _split_collapse(reader, ask, labels, int(most))
         out.append(labels)
     return out
+
+
+def _ends(labels: Tensor) -> tuple[float, float]:
+    """Least and greatest label; of none, beyond those of any others."""
+    if not len(labels):
+        return math.inf, -math.inf
+    least, most = torch.aminmax(labels)
+    return float(least), float(most)
 
 
 def _split_ties(reader: Reader, ask: Ask, labels: Tensor) -> None:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -193,6 +195,35 @@ def test_results_do_not_depend_on_the_number_of_threads(fused):
     for other in results[1:]:
         assert (other.labels == results[0].labels).all()
         assert (other.potential == results[0].potential).all()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_read_ends_when_the_last_thread_has(fused, fails):
+    started, finished = threading.Event(), []
+
+    def one_block_each(scores, blocks):
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            time.sleep(0.2)  # longer than one looks out for it
+            if fails:
+                raise ZeroDivisionError
+            finished.append(True)
+        else:
+            assert started.wait(60)
+        blocks[1] += 1
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        reads, scores = fused.FusedReads(1), np.zeros((2 * fused.ROWS, 512), np.float32)
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                reads._in_threads(one_block_each, scores)
+        else:
+            reads._in_threads(one_block_each, scores)
+            assert finished
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_solving_takes_no_copy_of_the_scores(fused):
