@@ -1,9 +1,10 @@
 """What more processes bring: throughput and quality of one fit over 1, 2 and 3 of them.
 
-    python benchmarks/processes.py              # about five minutes on two cores
+    python benchmarks/processes.py              # about seven minutes on two cores
 
 The script starts itself anew under torchrun for each line, with one thread a process; the lines
 take turns. Throughput is that of epochs: rows, over the median seconds of training and a solve.
+Two fits at once that know nothing of each other show how much of two processes the machine gives.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,18 +51,21 @@ def accuracies() -> list[float]:
     return [clustering_accuracy(digits.target, c.fit_predict(digits.images)) for c in clusterers]
 
 
-def started(what: str, n: int) -> list[float] | float:
-    """The result of ``what`` in n processes of one thread each."""
+def started(what: str, n: int, fits: int = 1) -> list[Any]:
+    """The results of ``what`` in n processes of one thread each; of several such at once."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*command, f"--nproc-per-node={n}"] if n > 1 else [sys.executable]
-        subprocess.run(
-            [*command, __file__, "--what", what, "--out", str(out)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-        )
-        return json.loads(out.read_text())
+        outs = [Path(folder) / f"{fit}.json" for fit in range(fits)]
+        running = [
+            subprocess.Popen(
+                [*command, __file__, "--what", what, "--out", str(out)],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for out in outs
+        ]
+        assert not any([process.wait() for process in running])
+        return [json.loads(out.read_text()) for out in outs]
 
 
 def main() -> None:
@@ -77,12 +82,19 @@ def main() -> None:
         return
     ratios = []
     for _ in range(arguments.rounds):
-        one, two = (started("throughput", n) for n in (1, 2))
-        ratios.append(two / one)
-        print(f"rows a second: one process {one:.0f}, two {two:.0f}, ratio {two / one:.2f}")
-    print(f"median ratio {np.median(ratios):.2f}")
+        one, two, apart = (
+            sum(started("throughput", n, fits)) for n, fits in ((1, 1), (2, 1), (1, 2))
+        )
+        ratios.append((two / one, apart / one))
+        print(
+            f"rows a second: one process {one:.0f}, two {two:.0f} ({two / one:.2f} times), two "
+            f"fits apart {apart:.0f} ({apart / one:.2f} times)",
+            flush=True,
+        )
+    two, apart = np.median(ratios, axis=0)
+    print(f"medians: two processes {two:.2f} times one, two fits apart {apart:.2f}")
     for n in (1, 2, 3):
-        found = started("accuracies", n)
+        (found,) = started("accuracies", n)
         listed = ", ".join(f"{accuracy:.3f}" for accuracy in found)
         print(f"digits, {n} process{'es' * (n > 1)}: ACC {listed}; median {np.median(found):.3f}")
 

@@ -75,7 +75,7 @@ class Reader:
         self, scores: Scores, sample_weight: Any, reg: float, tol: float, shards: Shards = _ALONE
     ):
         self.scores, self.k, self.device, self.shards = scores, scores.k, scores.device, shards
-        self._fused = _fused_reads(scores) if tol >= _FUSED_TOL else None
+        self._fused = _fused_reads(scores, shards.size) if tol >= _FUSED_TOL else None
         found, weights, problem = (0.0, 0.0, False), None, None
         try:
             found = self._scan()
@@ -290,13 +290,16 @@ def _scan_tile(tile: Tensor) -> tuple[float, float, bool]:
     return widest, largest, barred
 
 
-def _fused_reads(scores: Scores) -> Any:
-    """Fused reads for these scores where they are worth it and can be had, or None."""
+def _fused_reads(scores: Scores, n_processes: int) -> Any:
+    """Fused reads for these scores where they are worth it and can be had, or None.
+
+    Each of several processes has about as many rows: they read as one with all rows would.
+    """
     name, dtypes = {
         "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
         "cpu": ("numba", (torch.float32, torch.float64)),
     }.get(scores.device.type, ("", ()))
-    if scores.dtype not in dtypes or 0 < scores.n * scores.k < _FUSED_FROM:
+    if scores.dtype not in dtypes or 0 < scores.n * scores.k * n_processes < _FUSED_FROM:
         return None
     try:
         module = importlib.import_module(f"sklearn_sela._kernels_{name}")

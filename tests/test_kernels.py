@@ -12,7 +12,7 @@ import torch
 from scipy.special import softmax
 
 from problems import network_scores
-from sklearn_sela import sinkhorn_labels
+from sklearn_sela import _kernels, sinkhorn_labels
 from sklearn_sela._kernels import Ask, Reader
 from sklearn_sela._scores import Scores
 
@@ -57,6 +57,12 @@ def test_fused_column_sums_are_those_of_the_softmax(fused, n, k, dtype, weighted
     assert np.abs(read_shares(reader, v) - shares(scores, v, weights=weights)).sum() < 2e-6
     squares = reader.sums([Ask(0, v, REG)])[0].squares
     assert np.abs(squares - shares(scores, v, weights=weights, power=2)).sum() < 2e-6
+
+
+def test_shares_of_a_large_problem_are_read_like_the_whole(fused):
+    half = Scores(np.zeros((_kernels._FUSED_FROM // 20, 10), dtype=np.float32))
+    assert _kernels._fused_reads(half, 1) is None
+    assert isinstance(_kernels._fused_reads(half, 2), fused.FusedReads)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
@@ -273,7 +279,7 @@ assert torch.allclose(
     _kernels_triton.column_sums(wide.T, 1.0, torch.zeros(20), None),
     _kernels_triton.column_sums(wide.T.contiguous(), 1.0, torch.zeros(20), None),
 )
-_kernels._fused_reads = lambda scores: _kernels_triton.FusedReads(scores.n_heads)
+_kernels._fused_reads = lambda scores, n_processes: _kernels_triton.FusedReads(scores.n_heads)
 scores = torch.randn(300, 6)
 reader = Reader(Scores(scores), None, 0.04, 1e-3)
 sums = reader.sums([Ask(0, np.zeros(6), 0.04)])[0]
