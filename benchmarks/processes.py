@@ -64,7 +64,7 @@ def started(what: str, n: int, fits: int = 1) -> list[Any]:
             )
             for out in outs
         ]
-        assert not any([process.wait() for process in running])
+        assert not any(list(map(subprocess.Popen.wait, running)))
         return [json.loads(out.read_text()) for out in outs]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 22  # entries in memory at a time, of what is not held whole
+_BLOCK = 1 << 22  # entries in memory at a time, of scores formed from features
+_COPIED = 1 << 20  # of a file
 
 
 class Scores:
@@ -103,7 +104,7 @@ class Scores:
                 yield rows if isinstance(rows, Tensor) else torch.from_numpy(_known(np.array(rows)))
         else:
             # A copy of a block at a time: of pages that can be dropped, in a layout torch takes.
-            step = max(1, _BLOCK // self.source.shape[1])
+            step = max(1, _COPIED // self.source.shape[1])
             for start in range(0, len(self.source), step):
                 block = np.array(self.source[start : start + step], order="C")
                 yield torch.from_numpy(_known(block))
