@@ -34,8 +34,7 @@ Solver = Generator[Ask, Sums, tuple[Vector, int, float]]
 def solve(
     reader: Reader,
     starts: list[Vector],
-    marginal: Exact,
-    used: NDArray[np.bool_],
+    marginals: list[tuple[Exact, NDArray[np.bool_]]],
     reg: float,
     tol: float,
     max_iter: int,
@@ -43,14 +42,16 @@ def solve(
 ) -> list[tuple[Vector, int, float]]:
     """(potential on the used clusters, reads, L1 error) of each head, from its start.
 
+    ``marginals`` has what the shares of each head should be, and which clusters it uses.
+
     The heads' solvers run side by side: each round of asks is one read of the scores.
     """
     levels = 0 if warm else _levels(reader.spread / reg, max_iter)
     # A level need not be exact, but where single rows weigh much it must place them too.
     coarse = max(tol, 0.05 if reader.n > 1000 else 0.01)
     solvers = [
-        _anneal(Ask(t, v, reg), marginal, used, levels, coarse, tol, max_iter)
-        for t, v in enumerate(starts)
+        _anneal(Ask(t, v, reg), *marginal, levels, coarse, tol, max_iter)
+        for t, (v, marginal) in enumerate(zip(starts, marginals, strict=True))
     ]
     asks = {t: next(solver) for t, solver in enumerate(solvers)}
     solved: dict[int, tuple[Vector, int, float]] = {}

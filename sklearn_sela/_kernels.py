@@ -104,12 +104,12 @@ class Reader:
         else:
             self.r = _scaled(weights, "sample_weight", shards)
         self._w = None if self.uniform else (self.r * self.n).float()
-        # A small matrix is cleaned once and kept, a large one a chunk at a time in each read.
-        self._kept: Tensor | None = None
-        small = 0 < self.n_rows * self.k <= _CHUNK
+        # Small matrices are cleaned once and kept, large ones a chunk at a time in each read.
+        self._kept: list[Tensor] = []
+        small = 0 < self.n_rows * self.k * scores.n_heads <= _CHUNK
         if self._fused is None and scores.whole() and small:
-            ((_, (tile,)),) = scores.blocks([0])
-            self._kept = self._clean(tile)
+            ((_, tiles),) = scores.blocks(list(range(scores.n_heads)))
+            self._kept = [self._clean(tile) for tile in tiles]
 
     def sums(self, asks: list[Ask]) -> list[Sums]:
         """What is asked for, several heads in one pass over the source."""
@@ -218,8 +218,8 @@ class Reader:
         step = max(1, _CHUNK // self.k)
         for start in range(0, len(tile), step):
             part = slice(rows.start + start, min(rows.start + start + step, rows.stop))
-            if self._kept is not None:
-                yield part, self._shifted(self._kept[part].clone(), ask)
+            if self._kept:
+                yield part, self._shifted(self._kept[ask.head][part].clone(), ask)
             else:
                 yield part, self._shifted(self._clean(tile[start : start + step]), ask)
 

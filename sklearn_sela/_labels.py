@@ -86,19 +86,24 @@ class SelfLabels:
 
     def solve(self, network: SelfLabelNetwork) -> None:
         """Label all rows afresh from what was seen of them."""
-        results = [self._solve_head(t, self.reg_m) for t in range(len(self.labels))]
-        labels = torch.stack([r.labels for r in results])
-        changed = self.share.shards.total(float((labels != self.labels).sum()))
-        self.changed = changed / (len(labels) * self.share.n)
-        self.labels = labels
+        found = self._solve_heads(slice(None), self.reg_m)
+        if self.reg_m < math.inf and (starved := self._starved(found.labels)):
+            # A pull can lose to a confident network; exact sizes cannot, and end a collapse.
+            for field, anew in zip(found[:4], self._solve_heads(starved, math.inf), strict=False):
+                field[starved] = anew
+        changed = self.share.shards.total(float((found.labels != self.labels).sum()))
+        self.changed = changed / (len(self.labels) * self.share.n)
+        self.labels, self.potential = found.labels, found.potential
         self.n_solves += 1
-        self.potential = torch.stack([r.potential for r in results])
-        self.n_iter = sum(r.n_iter for r in results)
-        self.marginal_error = max(r.marginal_error for r in results)
+        self.n_iter = int(found.n_iter.sum())
+        self.marginal_error = float(found.marginal_error.max())
 
     def sizes(self) -> NDArray[np.float64]:
         """(n_heads, n_clusters) rows of all processes that have each label."""
-        own = [head.bincount(minlength=self.weights.shape[1]) for head in self.labels]
+        return self._sizes_of(self.labels)
+
+    def _sizes_of(self, labels: Tensor) -> NDArray[np.float64]:
+        own = [head.bincount(minlength=self.weights.shape[1]) for head in labels]
         return self.share.shards.sum(torch.stack(own).double().cpu().numpy())
 
     def state_dict(self) -> dict:
@@ -120,34 +125,29 @@ class SelfLabels:
             own = torch.from_numpy(self.share.own(whole)).transpose(0, axis)
             setattr(self, name, own.to(device))
 
-    def _solve_head(self, t: int, reg_m: float) -> SinkhornResult:
-        scores, head = self._source(t)
-        result = sinkhorn_labels(
+    def _solve_heads(self, heads: slice | list[int], reg_m: float) -> SinkhornResult:
+        scores, head = self._source(heads)
+        return sinkhorn_labels(
             scores,
             head=head,
             reg=self.reg,
-            cluster_weights=self.weights[t],
+            cluster_weights=self.weights[heads],
             reg_m=reg_m,
             tol=LABEL_TOL,
             max_iter=_LABEL_ITER,
-            potential=None if self.potential is None else self.potential[t],
+            potential=None if self.potential is None else self.potential[heads],
             warn=False,
             group=self.share.shards.group,
         )
-        if reg_m < math.inf and self._starves(t, result.labels):
-            # A pull can lose to a confident network; exact sizes cannot, and end a collapse.
-            return self._solve_head(t, math.inf)
-        return result
 
-    def _starves(self, t: int, labels: Tensor) -> bool:
-        """Whether a cluster of a head is left with too few of all rows."""
-        least = _LEAST * self.weights[t].cpu().numpy() * self.share.n
-        sizes = labels.bincount(minlength=len(least)).double().cpu().numpy()
-        return bool((self.share.shards.sum(sizes) < least).any())
+    def _starved(self, labels: Tensor) -> list[int]:
+        """Heads of which a cluster is left with too few of all rows."""
+        least = _LEAST * self.weights.cpu().numpy() * self.share.n
+        return np.flatnonzero((self._sizes_of(labels) < least).any(1)).tolist()
 
-    def _source(self, t: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Scores of a head, or features and the head, as the solver takes them."""
-        return self.scores[t], None
+    def _source(self, heads: slice | list[int]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Scores of heads, or features and the heads, as the solver takes them."""
+        return self.scores[heads], None
 
     def _scores_of(self, rows: Tensor) -> Tensor:
         return self.scores[:, rows]
@@ -196,8 +196,8 @@ class FeatureLabels(SelfLabels):
         self.head = [p.clone().unflatten(0, network.shape) for p in (w, b)]
         super().solve(network)
 
-    def _source(self, t: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return self.features, (self.head[0][t], self.head[1][t])
+    def _source(self, heads: slice | list[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self.features, (self.head[0][heads], self.head[1][heads])
 
     def _scores_of(self, rows: Tensor) -> Tensor:
         w, b = self.head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -14,26 +15,27 @@ from sklearn_sela._kernels import Ask, Reader
 _GOLDEN = 0.6180339887498949  # its multiples modulo 1 fill [0, 1) evenly
 
 
-def read_labels(reader: Reader, asks: list[Ask], limit: float | None) -> list[Tensor]:
+def read_labels(reader: Reader, asks: list[Ask], limits: list[float]) -> list[Tensor]:
     """The largest entry of each row of each head's solution, ties split in proportion.
 
-    ``limit`` is the largest share that a cluster may get, None if that is only a wish.
+    ``limits`` has the largest share that a cluster of each head may get, 1 if any will do.
     """
-    out = []
-    for ask, labels in zip(asks, reader.largest(asks), strict=True):
+    heads, ends = reader.largest(asks), []
+    for ask, labels in zip(asks, heads, strict=True):
         least, most = _ends(labels)
         if least < 0:
             _split_ties(reader, ask, labels)
-        live = labels if reader.uniform else labels[reader.r > 0]
-        if least < 0 or live is not labels:
-            least, most = _ends(live)
-        n = reader.shards.total(len(live))
-        if limit is not None and n * (1 - limit) > 1 - 1e-9:  # owed to others
-            negative, most = reader.shards.max(-least, most)
-            if -negative == most:
-                _split_collapse(reader, ask, labels, int(most))
-        out.append(labels)
-    return out
+        if least < 0 or not reader.uniform:
+            least, most = _ends(labels if reader.uniform else labels[reader.r > 0])
+        ends.append((-least, most))
+    n = reader.shards.total(reader.n_rows if reader.uniform else int((reader.r > 0).sum()))
+    of_all = reader.shards.max(*itertools.chain(*ends))
+    for ask, labels, limit, negative, top in zip(
+        asks, heads, limits, of_all[::2], of_all[1::2], strict=True
+    ):
+        if -negative == top and n * (1 - limit) > 1 - 1e-9:  # owed to others
+            _split_collapse(reader, ask, labels, int(top))
+    return heads
 
 
 def _ends(labels: Tensor) -> tuple[float, float]:

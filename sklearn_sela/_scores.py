@@ -21,8 +21,9 @@ class Scores:
     Parameters
     ----------
     source : array-like, tensor, memmap or callable
-        Scores of shape (n, K), or features of shape (n, D) when a head is given. A callable
-        returns an iterator over blocks of rows, the same ones each time.
+        Scores of shape (n, K), in memory also (T, n, K) of T heads, or features of shape (n, D)
+        when a head is given. A callable returns an iterator over blocks of rows, the same ones
+        each time.
     head : (weight, bias), default=None
         Linear heads, weight (K, D) or (T, K, D) and bias (K,), (T, K) or None: the scores are
         ``features @ weight.T + bias``, a block at a time.
@@ -36,6 +37,11 @@ class Scores:
         self._may_be_empty = some_elsewhere
         self.source, self.n = _readable(source), 0  # rows: known once read
         self.of_tensors = isinstance(source, Tensor)  # of a callable: what its blocks are
+        self.stack: Tensor | None = None  # the scores of several heads
+        if head is None and isinstance(self.source, Tensor) and self.source.ndim == 3:
+            if len(self.source) == 0:
+                raise ValueError("scores (n_heads, n, K) must be of at least one head.")
+            self.stack, self.source = self.source, self.source[0]
         if not callable(self.source):
             self.n = len(self.source) if self.source.ndim else 0
             sizes = self.source.shape[1:] if some_elsewhere else self.source.shape
@@ -48,7 +54,9 @@ class Scores:
             raise ValueError("scores must yield at least one block of rows, each a matrix.")
         self.device, self.dtype, self.width = first.device, first.dtype, first.shape[1]
         self.heads: tuple[Tensor, Tensor] | None = None
-        self.n_heads, self.k, self.several = 1, self.width, False
+        self.n_heads, self.k, self.several = 1, self.width, self.stack is not None
+        if self.stack is not None:
+            self.n_heads = len(self.stack)
         if head is not None:
             if not isinstance(head, tuple | list) or len(head) != 2:
                 raise ValueError("head must be (weight, bias), with None for no bias.")
@@ -57,7 +65,7 @@ class Scores:
             self.dtype = self.heads[0].dtype
 
     def whole(self) -> bool:
-        """Whether the scores are one matrix in memory."""
+        """Whether the scores are matrices in memory: one block."""
         return self.heads is None and isinstance(self.source, Tensor)
 
     def blocks(self, heads: list[int]) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -88,6 +96,8 @@ class Scores:
         return ValueError(f"the blocks hold {found} rows, but held {self.n} when first read.")
 
     def _tile(self, rows: Tensor, head: int) -> Tensor:
+        if self.stack is not None:
+            return self.stack[head]
         if self.heads is None:
             return rows
         weight, bias = (parameter[head] for parameter in self.heads)

@@ -83,7 +83,8 @@ def sinkhorn_labels(
     ----------
     scores : array-like, tensor, memmap or callable
         (n_samples, n_clusters) log-probabilities or logits, of any real type; ``-inf`` (the
-        log of a probability of zero) marks a label of last resort. A ``numpy.memmap`` is read
+        log of a probability of zero) marks a label of last resort. In memory also those of
+        several heads, (n_heads, n_samples, n_clusters). A ``numpy.memmap`` is read
         a block at a time and need not fit into memory; nor need the blocks of rows over which
         a callable returns an iterator, the same ones whenever it is called. With ``head``,
         features instead, (n_samples, n_features), in any of these forms.
@@ -96,7 +97,8 @@ def sinkhorn_labels(
         Entropic regularisation, in units of the scores: 1 / lambda of the paper, whose
         ImageNet value is lambda = 25. Smaller is closer to the linear program.
     cluster_weights : array-like of shape (n_clusters,), default=None
-        Share of the samples each cluster gets; any non-negative scale. None is uniform.
+        Share of the samples each cluster gets; any non-negative scale. None is uniform. With
+        several heads also (n_heads, n_clusters).
     sample_weight : array-like of shape (n_samples,), default=None
         Mass of each sample; any non-negative scale. None is uniform.
     reg_m : float, default=inf
@@ -192,31 +194,38 @@ def sinkhorn_labels(
     shards = Shards(group)
     with shards.agreeing():
         source = Scores(scores, head, some_elsewhere=not shards.alone)
-        marginal, used = _marginal(source.k, cluster_weights, reg_m, max_share)
+        marginals = [
+            _marginal(source.k, weights, reg_m, max_share)
+            for weights in _of_heads(cluster_weights, source)
+        ]
     most, least = shards.max(source.k, -source.k)
     if most != -least:
         raise ValueError(f"Processes of the group have scores of {-least:g} to {most:g} clusters.")
     with full_precision(source.device):
         reader = Reader(source, sample_weight, reg, tol, shards)
-        starts = _starts(potential, source, used, reg, reader.spread)
+        starts = _starts(potential, source, [used for _, used in marginals], reg, reader.spread)
         if reg_m == 0:
             solved = [(np.zeros_like(v), 1, 0.0) for v in starts]
         else:
             warm = potential is not None
-            solved = solve(reader, starts, marginal, used, reg, tol, max_iter, warm)
-        asks = [Ask(t, in_all(v - v.max(), used), reg) for t, (v, _, _) in enumerate(solved)]
+            solved = solve(reader, starts, marginals, reg, tol, max_iter, warm)
+        asks = [
+            Ask(t, in_all(v - v.max(), used), reg)
+            for t, ((v, _, _), (_, used)) in enumerate(zip(solved, marginals, strict=True))
+        ]
         errors = [error for _, _, error in solved]
         if max(errors) > tol and warn:
             _warn_not_converged(max(errors), tol, max_iter)
         # Exact sizes end a collapse by themselves, at the least cost.
-        limit = None if exact_sizes or math.isfinite(reg_m) else float(marginal.c.max())
-        labels = read_labels(reader, asks, limit)
+        bound = not exact_sizes and math.isinf(reg_m)
+        labels = read_labels(reader, asks, [m.c.max() if bound else 1.0 for m, _ in marginals])
         cost = None
         if exact_sizes:
-            shares = np.zeros(source.k)
-            shares[used] = marginal.c
-            limits = size_limits(shares, reader.n)
-            cost = [round_labels(reader, *pair, limits) for pair in zip(asks, labels, strict=True)]
+            cost = []
+            for ask, own, (marginal, used) in zip(asks, labels, marginals, strict=True):
+                shares = np.zeros(source.k)
+                shares[used] = marginal.c
+                cost.append(round_labels(reader, ask, own, size_limits(shares, reader.n)))
         assignment = [_assignment(reader, ask) for ask in asks] if return_assignment else None
     iterations, converged = [n for _, n, _ in solved], [error <= tol for error in errors]
     potentials = [torch.from_numpy(ask.v).to(source.device) for ask in asks]
@@ -246,22 +255,36 @@ def _marginal(
     return (Exact(limit[used] / limit.sum()) if tight else Capped(limit[used])), used
 
 
+def _of_heads(cluster_weights: Any, source: Scores) -> list[Any]:
+    """The cluster weights of each head, which may be the same for all."""
+    if source.several and np.ndim(cluster_weights) == 2:
+        if len(cluster_weights) != source.n_heads:
+            raise ValueError(
+                f"cluster_weights are of {len(cluster_weights)} heads, scores of {source.n_heads}."
+            )
+        return list(cluster_weights)
+    return [cluster_weights] * source.n_heads
+
+
 def _starts(
-    potential: Any, source: Scores, used: NDArray[np.bool_], reg: float, spread: float
+    potential: Any, source: Scores, used: list[NDArray[np.bool_]], reg: float, spread: float
 ) -> list[Vector]:
-    """The potential to start from, of each head, on the used clusters."""
+    """The potential to start from, of each head, on the clusters that it uses."""
     shape = (source.n_heads, source.k)
     if potential is None:
-        return [np.zeros(int(used.sum()))] * source.n_heads
+        return [np.zeros(int(of_head.sum())) for of_head in used]
     v = _array(potential)
     if v.shape != (shape if source.several else shape[1:]) or not (v < math.inf).all():
         each = f" for each of {shape[0]} heads" if source.several else ""
         raise ValueError(
             f"potential must be {shape[1]} numbers below +inf{each}, got {potential!r}."
         )
-    v = np.where(v == -math.inf, 0.0, v).reshape(shape)[:, used]
-    v = v - v.max(axis=1, keepdims=True)
-    return list(np.maximum(v, -(spread + 1e3 * reg)))  # no solution lies further out
+    starts = [
+        row[of_head]
+        for row, of_head in zip(np.where(v == -math.inf, 0.0, v).reshape(shape), used, strict=True)
+    ]
+    # No solution lies further out.
+    return [np.maximum(start - start.max(), -(spread + 1e3 * reg)) for start in starts]
 
 
 def _array(x: Any) -> NDArray[np.float64]:

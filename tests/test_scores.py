@@ -167,6 +167,46 @@ def test_heads_are_solved_together_each_as_if_alone():
             assert np.array_equal(field[t], one)
 
 
+@pytest.mark.parametrize("n", [300, 6000])  # 6,000 rows of 50 clusters are read fused
+def test_scores_of_several_heads_are_solved_together_each_as_if_alone(n):
+    scores = np.stack([network_scores(n, 50, seed=seed) for seed in range(3)])
+    sizes = np.random.default_rng(0).uniform(0.5, 1, size=(3, 50))
+    sizes[1, 7] = 0
+    together = sinkhorn_labels(scores, cluster_weights=sizes, tol=1e-5, return_assignment=True)
+    for t in range(3):
+        alone = sinkhorn_labels(
+            scores[t], cluster_weights=sizes[t], tol=1e-5, return_assignment=True
+        )
+        assert (together.labels[t] == alone.labels).all()
+        assert np.abs(together.assignment[t] - alone.assignment).max() < 1e-4
+        assert together.n_iter[t] == alone.n_iter
+    assert not (together.labels[1] == 7).any()
+    again = sinkhorn_labels(
+        torch.tensor(scores), cluster_weights=sizes, tol=1e-5, potential=together.potential
+    )
+    assert (again.n_iter == 1).all()
+    assert isinstance(again.labels, torch.Tensor)
+
+
+def test_exact_sizes_of_several_heads_are_each_head_s_own():
+    scores = np.stack([network_scores(60, 3, seed=seed) for seed in range(2)])
+    result = sinkhorn_labels(scores, cluster_weights=[[1, 2, 3], [3, 2, 1]], exact_sizes=True)
+    counts = [np.bincount(labels, minlength=3).tolist() for labels in result.labels]
+    assert counts == [[10, 20, 30], [30, 20, 10]]
+
+
+def test_a_head_whose_rows_are_all_alike_is_split_and_others_are_not():
+    alike = np.tile(np.log([0.4, 0.3, 0.2, 0.1]), (40, 1))
+    labels = sinkhorn_labels(np.stack([alike, 3.0 * np.eye(4)[np.arange(40) % 4]])).labels
+    assert np.bincount(labels[0]).max() < 30
+    assert (labels[1] == np.arange(40) % 4).all()
+
+
+def test_weights_of_other_heads_than_there_are_scores_of():
+    with pytest.raises(ValueError, match="of 3 heads, scores of 2"):
+        sinkhorn_labels(np.zeros((2, 9, 4)), cluster_weights=np.ones((3, 4)))
+
+
 def test_all_heads_are_solved_in_one_pass_over_the_features_an_iteration():
     passes = []
 

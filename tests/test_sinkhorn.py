@@ -805,7 +805,9 @@ def test_option_out_of_range_raises_and_is_named(options, message):
     ("scores", "message"),
     [
         (np.zeros(3), r"\(n, K\) matrix, got shape \(3,\)"),
-        (np.zeros((2, 2, 2)), r"got shape \(2, 2, 2\)"),
+        (np.zeros((2, 2, 2, 2)), r"got shape \(2, 2, 2, 2\)"),
+        (np.zeros((0, 2, 2)), "at least one head"),
+        (np.zeros((2, 0, 2)), r"got shape \(0, 2\)"),
         (np.zeros((0, 2)), r"non-empty .* got shape \(0, 2\)"),
         (np.zeros((2, 0)), r"non-empty .* got shape \(2, 0\)"),
         (np.array([[0.0, np.nan]]), "NaN or \\+inf"),
