@@ -61,7 +61,6 @@ setup(
         "lint": ["ruff>=0.9", "codespell>=2.3", "mypy>=1.14", "pandas-stubs"],
     },
     classifiers=[
-        "License :: OSI Approved :: BSD License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

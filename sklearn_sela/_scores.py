@@ -38,9 +38,13 @@ class Scores:
         self.source, self.n = _readable(source), 0  # rows: known once read
         self.of_tensors = isinstance(source, Tensor)  # of a callable: what its blocks are
         self.stack: Tensor | None = None  # the scores of several heads
-        if head is None and isinstance(self.source, Tensor) and self.source.ndim == 3:
-            if len(self.source) == 0:
-                raise ValueError("scores (n_heads, n, K) must be of at least one head.")
+        if head is None and not callable(self.source) and self.source.ndim == 3:
+            if len(self.source) == 0 or isinstance(self.source, np.memmap):
+                raise ValueError(
+                    "scores (n_heads, n, K) must be in memory, and of at least one head."
+                )
+            if not isinstance(self.source, Tensor):  # of a layout torch does not take
+                self.source = torch.from_numpy(_known(np.array(self.source, order="C")))
             self.stack, self.source = self.source, self.source[0]
         if not callable(self.source):
             self.n = len(self.source) if self.source.ndim else 0

@@ -202,6 +202,20 @@ def test_a_head_whose_rows_are_all_alike_is_split_and_others_are_not():
     assert (labels[1] == np.arange(40) % 4).all()
 
 
+def test_scores_of_several_heads_that_cannot_be_written_to_or_run_backwards():
+    scores = np.stack([network_scores(90, 5, seed=seed) for seed in range(2)])
+    expected = sinkhorn_labels(scores).labels
+    assert (sinkhorn_labels(scores[:, ::-1]).labels == expected[:, ::-1]).all()
+    scores.setflags(write=False)
+    assert (sinkhorn_labels(scores).labels == expected).all()
+
+
+def test_scores_of_several_heads_in_a_file_are_refused(tmp_path):
+    file = np.lib.format.open_memmap(tmp_path / "s.npy", mode="w+", shape=(2, 9, 4))
+    with pytest.raises(ValueError, match="must be in memory"):
+        sinkhorn_labels(file)
+
+
 def test_weights_of_other_heads_than_there_are_scores_of():
     with pytest.raises(ValueError, match="of 3 heads, scores of 2"):
         sinkhorn_labels(np.zeros((2, 9, 4)), cluster_weights=np.ones((3, 4)))
