@@ -60,7 +60,7 @@ def test_fused_column_sums_are_those_of_the_softmax(fused, n, k, dtype, weighted
 
 
 def test_shares_of_a_large_problem_are_read_like_the_whole(fused):
-    half = Scores(np.zeros((_kernels._FUSED_FROM // 20, 10), dtype=np.float32))
+    half = Scores(np.zeros((_kernels._FUSED_FROM // 20 + 1, 10), dtype=np.float32))
     assert _kernels._fused_reads(half, 1) is None
     assert isinstance(_kernels._fused_reads(half, 2), fused.FusedReads)
 

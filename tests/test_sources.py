@@ -181,7 +181,12 @@ def test_search_over_paths_by_two_processes_equals_a_serial_one(tmp_path):
     paths, (half, rest) = plain(tmp_path, 60), np.arange(60).reshape(2, 30)
     searches = [
         GridSearchCV(
-            clusterer(), {"n_clusters": [2, 3]}, cv=[(half, rest)], n_jobs=n, refit=False
+            clusterer(),
+            {"n_clusters": [3, 4]},
+            cv=[(half, rest)],
+            n_jobs=n,
+            refit=False,
+            error_score="raise",
         ).fit(paths)
         for n in (1, 2)
     ]
