@@ -12,8 +12,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/installed
 	$(BIN)/python examples/plot_digits.py
 
+# Two processes of a thread each: two of two would take half as long again on two cores.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
