@@ -14,6 +14,7 @@ from urllib.request import url2pathname
 
 import pytest
 
+import sklearn_sela
 from sklearn_sela import SelfLabelClusterer
 
 ROOT = Path(__file__).parent.parent
@@ -82,3 +83,22 @@ def test_files_import_only_from_files_below_them():
         imported += re.findall(r"^from sklearn_sela import (_\w+)$", source, re.MULTILINE)
         above = [other for other in imported if order.index(other) < order.index(name)]
         assert not above, f"{name} imports {above}"
+
+
+def test_the_labeller_alone_imports_no_scikit_learn():
+    code = """
+import sys
+import sklearn_sela
+assert set(sklearn_sela.__all__) <= set(dir(sklearn_sela))
+labels = sklearn_sela.sinkhorn_labels([[1.0, 0.0], [0.0, 1.0]]).labels
+assert labels.tolist() == [0, 1] and "sklearn" not in sys.modules
+assert sklearn_sela.metrics.clustering_accuracy([0, 1], [1, 0]) == 1
+from sklearn_sela import *
+assert SelfLabelClusterer is sklearn_sela.SelfLabelClusterer
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_misspelt_name_is_no_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'SelfLabelCluster'"):
+        sklearn_sela.SelfLabelCluster  # noqa: B018
