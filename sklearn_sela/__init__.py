@@ -48,4 +48,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_FILES, *_MODULES])
+    return sorted({*globals(), *_FILES, *_MODULES})

@@ -58,9 +58,8 @@ class Scores:
             raise ValueError("scores must yield at least one block of rows, each a matrix.")
         self.device, self.dtype, self.width = first.device, first.dtype, first.shape[1]
         self.heads: tuple[Tensor, Tensor] | None = None
-        self.n_heads, self.k, self.several = 1, self.width, self.stack is not None
-        if self.stack is not None:
-            self.n_heads = len(self.stack)
+        self.n_heads = 1 if self.stack is None else len(self.stack)
+        self.k, self.several = self.width, self.stack is not None
         if head is not None:
             if not isinstance(head, tuple | list) or len(head) != 2:
                 raise ValueError("head must be (weight, bias), with None for no bias.")

@@ -95,6 +95,7 @@ assert labels.tolist() == [0, 1] and "sklearn" not in sys.modules
 assert sklearn_sela.metrics.clustering_accuracy([0, 1], [1, 0]) == 1
 from sklearn_sela import *
 assert SelfLabelClusterer is sklearn_sela.SelfLabelClusterer
+assert len(set(dir(sklearn_sela))) == len(dir(sklearn_sela))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
