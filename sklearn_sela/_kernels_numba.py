@@ -370,8 +370,7 @@ class FusedReads:
         n = self._threads if scores.size >= _TOGETHER else 1
         others = [_pool(n).submit(function, *arguments) for _ in range(1, n)]
         _flushed(function, *arguments)
-        if not all_done(blocks, -(-len(scores) // ROWS)):
-            for other in others:
+        done = all_done(blocks, -(-len(scores) // ROWS))
+        for other in others:  # one that has not started would find nothing left to do
+            if not other.cancel() and not done:
                 other.result()
-        for other in others:
-            other.cancel()  # it would find nothing left to do
