@@ -305,4 +305,4 @@ def _fused_reads(scores: Scores, n_processes: int) -> Any:
         module = importlib.import_module(f"sklearn_sela._kernels_{name}")
     except (ImportError, RuntimeError):  # not installed, or no folder for numba to cache in
         return None
-    return module.FusedReads(scores.n_heads) if scores.k <= module.WIDEST else None
+    return module.FusedReads(scores) if scores.k <= module.WIDEST else None

@@ -7,11 +7,8 @@ the library's would keep the compiler from using vector registers.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,26 +34,19 @@ from sklearn_sela._lanes import (
     sub,
     total,
 )
+from sklearn_sela._rounds import COMPILE, STAY, Rounds, finish, take
+from sklearn_sela._scores import Scores
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
 _AHEAD = 2048  # entries between what is read and what is asked for
 _TOGETHER = 1 << 19  # entries, from which on other threads are worth waking
-_TAKEN, _DONE = 0, 1  # of the two counts of blocks that threads share
-_LOOKS = 100_000  # at how far the others are, before this thread sleeps until they have ended
-_DRIFT = 60.0  # that exponents of two may move before their offsets are found anew
+_TOO_FAR = 60.0  # for exponents of two to move between two reads, whose offsets are then no use
 _F = np.float32
 _LOW, _HIGH = _F(-3e38), _F(3e38)
-_SUBNORMAL = _F(1e-39)
 _LEAST = _F(-126)  # exponents of two below have no normal float32
 _ROUNDED = _F(1.5 * 2**23)  # added to a number, it leaves no bits for a fraction
 _NOTHING = _F(-1e30)  # power of a cluster that gets nothing
-_COMPILE: dict[str, Any] = {
-    "fastmath": True,  # sums in any order, or nothing would be vectorised; scores are finite
-    "nogil": True,
-    "cache": True,
-    "error_model": "numpy",
-}
 
 
 def _extremum(name):  # type: ignore[no-untyped-def]
@@ -87,28 +77,6 @@ def _magnitude(context, x):  # type: ignore[no-untyped-def]
         return builder.and_(builder.bitcast(args[0], i32), i32(0x7FFFFFFF))
 
     return types.int32(types.float32), code
-
-
-@intrinsic
-def _count(context, blocks, which):  # type: ignore[no-untyped-def]
-    """Add one to blocks[which], which threads share; returns what was there before."""
-
-    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        place = builder.gep(make_array(blocks)(context, builder, args[0]).data, [args[1]])
-        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "acq_rel")
-
-    return types.int64(blocks, types.intp), code
-
-
-@intrinsic
-def _counted(context, blocks, which):  # type: ignore[no-untyped-def]
-    """blocks[which] as it is now, and with it all that was written before it was counted."""
-
-    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        place = builder.gep(make_array(blocks)(context, builder, args[0]).data, [args[1]])
-        return builder.load_atomic(place, "acquire", 8)
-
-    return types.int64(blocks, types.intp), code
 
 
 @intrinsic
@@ -159,21 +127,12 @@ def _rows_of(n, k, value):  # type: ignore[no-untyped-def]
     return rows
 
 
-@njit(**_COMPILE)
-def all_done(blocks, n):  # type: ignore[no-untyped-def]
-    """Whether n blocks are done, looking for about a tenth of a millisecond."""
-    looks = 0
-    while looks < _LOOKS and _counted(blocks, _DONE) < n:
-        looks += 1
-    return looks < _LOOKS
-
-
-@njit(**_COMPILE)
-def scan(s, top, widest, largest, blocks):  # type: ignore[no-untyped-def]
+@njit(**COMPILE)
+def scan(s, top, widest, largest, counts, looks):  # type: ignore[no-untyped-def]
     """Into top the largest entry of each row; of each block the widest row, largest magnitude."""
     n, k = s.shape
-    block = _count(blocks, _TAKEN)
-    while block < len(widest):
+    block = take(counts, len(widest), looks)
+    while block >= 0:
         wide, bits = _F(0), np.int32(0)
         for i in range(block * ROWS, min((block + 1) * ROWS, n)):
             high, low = _LOW, _HIGH
@@ -184,11 +143,11 @@ def scan(s, top, widest, largest, blocks):  # type: ignore[no-untyped-def]
             top[i] = high
             wide = _max(wide, high - low)
         widest[block], largest[block] = wide, bits
-        _count(blocks, _DONE)
-        block = _count(blocks, _TAKEN)
+        finish(counts)
+        block = take(counts, len(widest), looks)
 
 
-@njit(**_COMPILE)
+@njit(**COMPILE)
 def _largest_exponents(s, a, g, base, start, stop):  # type: ignore[no-untyped-def]
     for i in range(start, stop):
         high = _LOW
@@ -197,26 +156,28 @@ def _largest_exponents(s, a, g, base, start, stop):  # type: ignore[no-untyped-d
         base[i] = high
 
 
-@njit(**_COMPILE)
-def column_sums(s, a, g, weight, copied, base, refresh, parts, blocks):  # type: ignore[no-untyped-def]
+@njit(**COMPILE)
+def column_sums(s, ask, weight, copied, base, parts, counts, looks):  # type: ignore[no-untyped-def]
     """Into parts[block]: sums over its rows of weight (None: 1) times q and times q ** 2.
 
-    q is the softmax of (a * s + g) * log 2. ``base`` holds what is taken off the exponents of
-    each row so that they do not overflow: about their maximum, which ``refresh`` finds anew.
+    q is the softmax of (a * s + g) * log 2. ``ask`` holds g, a, and how far exponents may be from
+    those of the last read. ``base`` is what is taken off each row's so that they do not overflow:
+    the logarithm of their sum, about, from where they were last; made anew where that is too far.
     Rows are taken in twos, which halves the work on the sums; those that are not contiguous
     float32 are ``copied`` first (else None, for which numba compiles a loop without it).
     """
     n, k = s.shape
     e, sums = _rows_of(2, k, _F(0)), _rows_of(2, k, _F(0))
     room, gains = _rows_of(2, k, _F(0)), _rows_of(1, k, _NOTHING)
-    gains[0, :k] = g
     over, w = np.empty(2, np.float32), np.empty(2, np.float32)
-    scale, ahead, whole = splat(a), max(2, _AHEAD // k), k // LANES * LANES
-    block = _count(blocks, _TAKEN)
-    while block < len(parts):
+    of_row = np.empty(ROWS, np.float32)
+    ahead, whole = max(2, _AHEAD // k), k // LANES * LANES
+    block = take(counts, len(parts), looks)
+    while block >= 0:
         start, stop = block * ROWS, min((block + 1) * ROWS, n)
-        if refresh:
-            _largest_exponents(s, a, g, base, start, stop)
+        gains[0, :k], scale, moved = ask[:k], splat(ask[k]), ask[k + 1]
+        if moved > _TOO_FAR:
+            _largest_exponents(s, ask[k], ask, base, start, stop)
         sums[:] = _F(0)
         for i in range(start, stop, 2):
             for r in range(2):
@@ -239,7 +200,8 @@ def column_sums(s, a, g, weight, copied, base, refresh, parts, blocks):  # type:
                     x = _exp2(sub(fma(x, scale, load(gains, 0, j)), off))
                     store(e, r, j, x)
                     summed = add(summed, x)
-                over[r] = _F(1) / total(summed)
+                of_row[row - start] = total(summed)
+                over[r] = _F(1) / of_row[row - start]
             if i + 1 == stop:
                 over[1] = _F(0)  # the last row stands for the one that is not there
             over_0, over_1, w_0, w_1 = splat(over[0]), splat(over[1]), splat(w[0]), splat(w[1])
@@ -250,21 +212,24 @@ def column_sums(s, a, g, weight, copied, base, refresh, parts, blocks):  # type:
                     wq, w_other = mul(w_0, q), mul(w_1, other)
                 store(sums, 0, j, add(load(sums, 0, j), add(wq, w_other)))
                 store(sums, 1, j, fma(w_other, other, fma(wq, q, load(sums, 1, j))))
+        for i in range(start, stop):
+            base[i] += _F((_magnitude(of_row[i - start]) >> 23) - 127)  # its exponent
         parts[block] = sums[:, :k]
-        _count(blocks, _DONE)
-        block = _count(blocks, _TAKEN)
+        finish(counts)
+        block = take(counts, len(parts), looks)
 
 
-@njit(**_COMPILE)
-def labels(s, a, g, index, out, tie, blocks):  # type: ignore[no-untyped-def]
+@njit(**COMPILE)
+def labels(s, a, g, index, out, tie, counts, looks):  # type: ignore[no-untyped-def]
     """Into out the largest of a * s + g of each row; -1 less it if another is within tie.
 
     ``index`` counts the columns as floats, which mix with scores in one vector register.
     """
     n, k = s.shape
     z = np.empty(k, np.float32)
-    block = _count(blocks, _TAKEN)
-    while block * ROWS < n:
+    n_blocks = -(-n // ROWS)
+    block = take(counts, n_blocks, looks)
+    while block >= 0:
         for i in range(block * ROWS, min((block + 1) * ROWS, n)):
             high = _LOW
             for j in range(k):
@@ -279,43 +244,27 @@ def labels(s, a, g, index, out, tie, blocks):  # type: ignore[no-untyped-def]
             out[i] = np.int64(which)
             if close > _F(1):
                 out[i] = -1 - np.argmax(z)
-        _count(blocks, _DONE)
-        block = _count(blocks, _TAKEN)
-
-
-def _flushed(function: Any, *arguments: Any) -> None:
-    """function(*arguments), tiny numbers being 0 meanwhile.
-
-    Squares of small probabilities have no normal float32, at which some processors stop to think:
-    a read takes them seven times as long.
-    """
-    before = bool(_SUBNORMAL * _F(1) == 0)
-    torch.set_flush_denormal(True)
-    try:
-        function(*arguments)
-    finally:
-        torch.set_flush_denormal(before)
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    # Theirs alone, so that they need not put it back (see _flushed).
-    return ThreadPoolExecutor(threads, initializer=partial(torch.set_flush_denormal, True))
+        finish(counts)
+        block = take(counts, n_blocks, looks)
 
 
 class FusedReads:
     """The three reads, in as many threads as torch has; their sums do not depend on how many."""
 
-    def __init__(self, n_heads: int):
-        self._threads = torch.get_num_threads()
-        self._offsets: list[Any] = [[] for _ in range(n_heads)]  # of each row's exponents
-        self._right_at: list[Any] = [None] * n_heads  # the reg and powers they were found at
+    def __init__(self, scores: Scores):
+        self._offsets: list[Any] = [[] for _ in range(scores.n_heads)]  # of each row's exponents
+        self._last: list[Any] = [None] * scores.n_heads  # reg and powers that they are right for
+        # Of matrices in memory, whose tiles are the same at each read. Threads that stay for one
+        # head's next read would not be there for another's.
+        self._kept: dict[int, Any] = {}
+        self._whole = scores.whole()
+        self._stay = STAY if self._whole and scores.n_heads == 1 else 1
 
     def scan(self, tile: Tensor, head: int) -> tuple[float, float] | None:
         """(widest row, largest magnitude); None if not all scores are finite."""
         top, n_blocks = np.empty(len(tile), np.float32), -(-len(tile) // ROWS)
         widest, bits = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.int32)
-        self._in_threads(scan, tile.numpy(), top, widest, bits)
+        _rounds(scan, tile.numpy(), top, widest, bits).run()
         largest = bits.max().view(np.float32)
         if not np.isfinite(largest):
             return None
@@ -325,52 +274,55 @@ class FusedReads:
     def column_sums(self, ask: Any, weight: Tensor | None) -> Callable[[Tensor, slice], Any]:
         """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, (2, K)."""
         a, g = ask.powers()
-        refresh = self._drifted(ask, a, g)
-        offsets = self._offsets[ask.head]
+        moved = self._moved(ask, a, g)
 
         def read(tile: Tensor, rows: slice) -> NDArray[np.float64]:
-            parts = np.empty((-(-len(tile) // ROWS), 2, len(g)))
-            w = None if weight is None else weight[rows].numpy()
-            scores = tile.numpy()
-            contiguous = scores.dtype == np.float32 and scores.strides[1] == 4
-            rest = (g, w, None if contiguous else True, offsets[rows], refresh, parts)
-            self._in_threads(column_sums, scores, np.float32(a), *rest)
+            reading = self._kept.get(ask.head) or self._reading(tile, rows, ask.head, weight)
+            rounds, asked, parts = reading
+            asked[:-2], asked[-2], asked[-1] = g, a, moved
+            rounds.run()
             return parts.sum(0)
 
         return read
 
+    def _reading(self, tile: Tensor, rows: slice, head: int, weight: Tensor | None) -> Any:
+        """(rounds, what they ask, the sums of each block)"""
+        n, k = tile.shape
+        asked, parts = np.empty(k + 2, np.float32), np.empty((-(-n // ROWS), 2, k))
+        w = None if weight is None else weight[rows].numpy()
+        scores = tile.numpy()
+        contiguous = scores.dtype == np.float32 and scores.strides[1] == 4
+        rest = (asked, w, None if contiguous else True, self._offsets[head][rows], parts)
+        reading = _rounds(column_sums, scores, *rest, stay=self._stay), asked, parts
+        if self._whole:
+            self._kept[head] = reading
+        return reading
+
     def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
         """Into out the largest entry of each row, -1 less it where there are ties."""
+        for rounds, *_ in self._kept.values():
+            rounds.close()
         a, g = ask.powers()
         index, gap = np.arange(len(g), dtype=np.float32), np.float32(tie * math.log2(math.e))
-        self._in_threads(labels, tile.numpy(), np.float32(a), g, index, out.numpy(), gap)
+        _rounds(labels, tile.numpy(), np.float32(a), g, index, out.numpy(), gap).run()
         return True
 
-    def _drifted(self, ask: Any, a: float, g: NDArray[np.float32]) -> bool:
-        """Whether exponents may have moved too far since their offsets were right."""
+    def _moved(self, ask: Any, a: float, g: NDArray[np.float32]) -> float:
+        """How far exponents may be from those for which their offsets are right."""
         head = ask.head
-        if self._right_at[head] is None:  # the row maxima of the scan, for a potential of 0
+        if self._last[head] is None:  # the row maxima of the scan, for a potential of 0
             self._offsets[head] = np.concatenate(self._offsets[head]) * np.float32(a)
-            self._right_at[head] = ask.reg, np.zeros_like(g)
-        reg, before = self._right_at[head]
-        # A cluster that gets nothing has a power of -1e30: one more or less of them is far, too.
-        if ask.reg == reg and np.abs(g - before).max() <= _DRIFT:
-            return False
-        self._right_at[head] = ask.reg, g
-        return True
+            self._last[head] = ask.reg, np.zeros_like(g)
+        (reg, before), self._last[head] = self._last[head], (ask.reg, g)
+        if reg == ask.reg:
+            return float(np.abs(g - before).max())
+        # Exponents scale, and with them how far a sum's is from the largest of its terms.
+        scale = np.float32(reg / ask.reg)
+        self._offsets[head] *= scale
+        return float(np.abs(g - scale * before).max() + scale * math.log2(len(g)))
 
-    def _in_threads(self, function: Any, scores: Any, *arguments: Any) -> None:
-        """function(scores, *arguments, blocks) in each thread that comes in time to take part.
 
-        A thread takes a block of rows after another until none is left. This one starts at once
-        and looks out for the end itself: to be woken by another takes as long as a few blocks.
-        """
-        blocks = np.zeros(2, np.int64)
-        arguments = (scores, *arguments, blocks)
-        n = self._threads if scores.size >= _TOGETHER else 1
-        others = [_pool(n).submit(function, *arguments) for _ in range(1, n)]
-        _flushed(function, *arguments)
-        done = all_done(blocks, -(-len(scores) // ROWS))
-        for other in others:  # one that has not started would find nothing left to do
-            if not other.cancel() and not done:
-                other.result()
+def _rounds(kernel: Any, scores: Any, *arguments: Any, stay: int = 1) -> Rounds:
+    """Over blocks of ROWS of the scores, in as many threads as are worth it."""
+    threads = torch.get_num_threads() if scores.size >= _TOGETHER else 1
+    return Rounds(kernel, -(-len(scores) // ROWS), threads, stay, scores, *arguments)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sklearn_sela._scores import Scores
+
 WIDEST = 1 << 14  # columns whose sums one program can hold
 _TILE = 1 << 12  # entries that a program works on at a time
 _PER_PROCESSOR = 4  # programs a streaming multiprocessor: enough to hide the memory's latency
@@ -72,8 +74,8 @@ def _processors(device: torch.device) -> int:
 class FusedReads:
     """The read that every iteration makes; what is read once or twice is left to torch."""
 
-    def __init__(self, n_heads: int):
-        del n_heads  # nothing is kept from one read to the next
+    def __init__(self, scores: Scores):
+        del scores  # nothing is kept from one read to the next
 
     def scan(self, tile: Tensor, head: int) -> None:
         """Left to torch."""

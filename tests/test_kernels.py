@@ -1,5 +1,6 @@
 """The fused reads against the plain ones: sums, labels, and when not to use them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -167,13 +168,13 @@ def test_scores_too_sharp_for_float32_are_read_in_float64(fused):
 
 
 @pytest.mark.parametrize("flushed", [False, True])
-def test_fused_reads_take_tiny_numbers_for_zero_and_leave_the_caller_his_way(fused, flushed):
+def test_fused_reads_take_tiny_numbers_for_zero_and_leave_the_caller_his_way(rounds, flushed):
     tiny = np.array([1e-39], np.float32)
     torch.set_flush_denormal(flushed)
     try:
-        assert not fused._flushed(lambda: (tiny * np.float32(1)).any())
+        assert not rounds._flushed(lambda: (tiny * np.float32(1)).any())
         with pytest.raises(ZeroDivisionError):
-            fused._flushed(lambda: 1 // 0)
+            rounds._flushed(lambda: 1 // 0)
         sinkhorn_labels(network_scores(2000, 150), reg=0.01)  # with squares below 1e-38
         assert (tiny * np.float32(1)).any() != flushed
     finally:
@@ -203,11 +204,18 @@ def test_results_do_not_depend_on_the_number_of_threads(fused):
         assert (other.potential == results[0].potential).all()
 
 
+@pytest.fixture
+def rounds():
+    pytest.importorskip("numba")
+    return importlib.import_module("sklearn_sela._rounds")
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_read_ends_when_the_last_thread_has(fused, fails):
+def test_a_read_ends_when_the_last_thread_has(rounds, fails):
     started, finished = threading.Event(), []
 
-    def one_block_each(scores, blocks):
+    def one_block_each(counts, looks):
+        assert rounds.take(counts, 2, looks) >= 0
         if threading.current_thread() is not threading.main_thread():
             started.set()
             time.sleep(0.2)  # longer than one looks out for it
@@ -216,20 +224,70 @@ def test_a_read_ends_when_the_last_thread_has(fused, fails):
             finished.append(True)
         else:
             assert started.wait(60)
-        blocks[1] += 1
+        rounds.finish(counts)
 
+    reads = rounds.Rounds(one_block_each, 2, 2, 1)
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            reads.run()
+    else:
+        reads.run()
+        assert finished
+
+
+def test_threads_stay_for_the_next_round_and_leave_at_the_end(rounds):
+    seen, left = [], threading.Event()
+
+    def kernel(asked, counts, looks):
+        while rounds.take(counts, 2, looks) >= 0:
+            seen.append((asked[0], threading.current_thread().name))
+            time.sleep(0.05)  # in which the other takes the other block
+            rounds.finish(counts)
+        if looks:
+            left.set()
+
+    asked = np.zeros(1)
+    reads = rounds.Rounds(kernel, 2, 2, 1 << 62, asked)
+    for asked[0] in range(5):
+        reads.run()
+    assert sorted(number for number, _ in seen) == sorted([*range(5), *range(5)])
+    assert len({name for _, name in seen}) == 2
+    assert len(reads._others) == 1  # sent once, for all of them
+    assert not left.is_set()
+    reads.close()
+    assert left.wait(60)
+
+
+def test_rounds_ask_for_others_when_those_before_have_left(rounds):
+    names = []
+
+    def kernel(counts, looks):
+        while rounds.take(counts, 2, looks) >= 0:
+            names.append(threading.current_thread().name)
+            time.sleep(0.05)
+            rounds.finish(counts)
+
+    reads = rounds.Rounds(kernel, 2, 2, 1)
+    for _ in range(3):
+        reads.run()
+        time.sleep(0.1)
+    assert len(names) == 6
+    assert names.count(threading.current_thread().name) == 3
+
+
+def test_sums_are_right_however_soon_the_next_are_asked_for(fused):
+    scores = network_scores(20_000, 50)
+    potentials = [potential(50, seed=seed) for seed in range(20)]
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    sums = []
     try:
-        reads, scores = fused.FusedReads(1), np.zeros((2 * fused.ROWS, 512), np.float32)
-        if fails:
-            with pytest.raises(ZeroDivisionError):
-                reads._in_threads(one_block_each, scores)
-        else:
-            reads._in_threads(one_block_each, scores)
-            assert finished
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            reader = Reader(Scores(scores), None, REG, 1e-3)
+            sums.append([read_shares(reader, potentials[i % 20]) for i in range(500)])
     finally:
         torch.set_num_threads(before)
+    assert (np.array(sums[0]) == np.array(sums[1])).all()
 
 
 def test_solving_takes_no_copy_of_the_scores(fused):
