@@ -68,14 +68,11 @@ def convnet(image_shape: tuple[int, int, int]) -> nn.Module:
     layers: list[nn.Module] = []
     out = 16 if min(height, width) > 8 else 32
     while not layers or min(height, width) > 4:
-        layers += [
-            nn.Conv2d(channels, out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out),
-            nn.ReLU(inplace=True),
-        ]
+        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)]
         if min(height, width) > 4:
-            layers.append(nn.MaxPool2d(2))
+            layers.append(nn.MaxPool2d(2))  # the largest, cut off at 0: a quarter of the cutting
             height, width = height // 2, width // 2
+        layers.append(nn.ReLU(inplace=True))
         channels, out = out, min(2 * out, 256)
     layers += [nn.Flatten(), *_dense(channels * height * width, FEATURES)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)

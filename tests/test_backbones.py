@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 
@@ -19,7 +20,7 @@ from sklearn_sela import (
     torchvision_state_dict,
     torchvision_transform,
 )
-from sklearn_sela._backbones import feature_width, make_backbone
+from sklearn_sela._backbones import convnet, feature_width, make_backbone
 
 VECTORS = np.random.default_rng(0).normal(size=(60, 6))
 SMALL = "shufflenet_v2_x0_5"
@@ -460,3 +461,19 @@ def test_checkpoints_know_the_weights_of_a_run(tmp_path, small_weights):
     torch.save(changed(small_weights), path)
     with pytest.raises(ValueError, match="another run"):
         clusterer(SMALL, weights=path, checkpoint_dir=folder).fit(X)
+
+
+def test_pooling_before_relu_changes_no_number():
+    net = convnet((1, 28, 28))
+    layers = list(net)
+    pools = [i for i, layer in enumerate(net) if isinstance(layer, nn.MaxPool2d)]
+    assert len(pools) == 3
+    for i in pools:
+        layers[i : i + 2] = layers[i + 1], layers[i]
+    usual = copy.deepcopy(nn.Sequential(*layers))
+    x = torch.randn(8, 1, 28, 28)
+    assert (net(x) == usual(x)).all()
+    for model in (net, usual):
+        model(x).square().mean().backward()
+    for own, other in zip(net.parameters(), usual.parameters(), strict=True):
+        assert (own.grad == other.grad).all()
