@@ -201,7 +201,7 @@ def against_pot(log_p: np.ndarray, cold: float) -> list[str]:
 
 
 def linear() -> None:
-    """Time per entry of cold solves at K = 100, sizes taking turns, and of exact sizes beside it."""
+    """Time per entry of cold solves, K = 100, sizes taking turns; and of exact sizes beside it."""
     from sklearn_sela import sinkhorn_labels
 
     def solve(scores: torch.Tensor, exact_sizes: bool = False) -> Callable:
