@@ -1,8 +1,9 @@
-"""A kernel's rounds over blocks of rows, in threads that stay for the next: numba's part of them.
+"""Rounds of a compiled kernel over blocks of rows, in threads that stay for the next round.
 
-Blocks are given out by counting, whoever comes, so that nobody is waited for who has none. What
-threads share are two counts, changed by single operations of the processor: the block that is
-given out next, with the number of the round above it, and the blocks of the round that are done.
+Blocks are given out by counting, to whoever comes, so that nobody is waited for who has none. What
+threads share are three counts, changed by single operations of the processor: the block that is
+given out next, with the number of the round above it; the blocks of the round that are done; and
+the threads that have left.
 """
 
 from __future__ import annotations
