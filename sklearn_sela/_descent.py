@@ -202,6 +202,8 @@ def _newton_step(p: _Point, marginal: Exact, reg: float, mu: float) -> Vector:
 
 def in_all(v: Vector, used: NDArray[np.bool_]) -> Vector:
     """The potential of all clusters: -inf for those that get nothing."""
+    if len(v) == len(used):
+        return v
     full = np.full(len(used), -math.inf)
     full[used] = v
     return full

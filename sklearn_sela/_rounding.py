@@ -28,7 +28,7 @@ def read_labels(reader: Reader, asks: list[Ask], limits: list[float]) -> list[Te
         if least < 0 or not reader.uniform:
             least, most = _ends(labels if reader.uniform else labels[reader.r > 0])
         ends.append((-least, most))
-    n = reader.shards.total(reader.n_rows if reader.uniform else int((reader.r > 0).sum()))
+    n = reader.n if reader.uniform else reader.shards.total(int((reader.r > 0).sum()))
     of_all = reader.shards.max(*itertools.chain(*ends))
     for ask, labels, limit, negative, top in zip(
         asks, heads, limits, of_all[::2], of_all[1::2], strict=True

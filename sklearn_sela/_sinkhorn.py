@@ -198,9 +198,11 @@ def sinkhorn_labels(
             _marginal(source.k, weights, reg_m, max_share)
             for weights in _of_heads(cluster_weights, source)
         ]
-    most, least = shards.max(source.k, -source.k)
-    if most != -least:
-        raise ValueError(f"Processes of the group have scores of {-least:g} to {most:g} clusters.")
+    sizes = source.k, source.n_heads
+    *most, less, fewer = shards.max(*sizes, *(-size for size in sizes))
+    for what, high, low in zip(("clusters", "heads"), most, (-less, -fewer), strict=True):
+        if high != low:
+            raise ValueError(f"Processes of the group have scores of {low:g} to {high:g} {what}.")
     with full_precision(source.device):
         reader = Reader(source, sample_weight, reg, tol, shards)
         starts = _starts(potential, source, [used for _, used in marginals], reg, reader.spread)

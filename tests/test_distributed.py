@@ -98,6 +98,9 @@ def work(rank, world, folder):
         for name, problem in REFUSED.items()
     }
     refused["other shapes"] = message(lambda: sinkhorn_labels(scores_of(50, 3 + rank), group=group))
+    refused["other heads"] = message(
+        lambda: sinkhorn_labels(torch.zeros(2 + rank, 50, 3), group=group)
+    )
     refused["no matrix in one"] = message(
         lambda: sinkhorn_labels(scores_of(50, 3)[0] if rank == 0 else scores_of(50, 3), group=group)
     )
@@ -156,6 +159,8 @@ def test_what_one_process_refuses_ends_all(processes):
     for of_rank in refused:
         assert "exact_sizes" in of_rank["exact sizes"]
         assert "scores of 3 to" in of_rank["other shapes"]
+        assert "scores of 2 to" in of_rank["other heads"]
+        assert "heads" in of_rank["other heads"]
     first, *others = (of_rank["no matrix in one"] for of_rank in refused)
     assert "matrix" in first
     assert all("Another process of the group" in other for other in others)
@@ -164,7 +169,7 @@ def test_what_one_process_refuses_ends_all(processes):
 def test_bytes_of_an_iteration_do_not_depend_on_the_rows(processes):
     k, before = 50, None
     for _, _, sent in processes:
-        per_read = {n: (n_bytes - 64) / reads for n, (reads, n_bytes) in sent.items()}
+        per_read = {n: (n_bytes - 80) / reads for n, (reads, n_bytes) in sent.items()}
         print({n: f"{b:.0f} bytes a read of {n} rows a process" for n, b in per_read.items()})
         for found in per_read.values():
             assert found <= 2 * k * 8 + 64
