@@ -34,8 +34,8 @@ from sklearn_sela._lanes import (
     sub,
     total,
 )
-from sklearn_sela._rounds import COMPILE, STAY, Rounds, finish, take
 from sklearn_sela._scores import Scores
+from sklearn_sela._threads import COMPILE, STAY, Threads, finish, take
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
@@ -264,7 +264,7 @@ class FusedReads:
         """(widest row, largest magnitude); None if not all scores are finite."""
         top, n_blocks = np.empty(len(tile), np.float32), -(-len(tile) // ROWS)
         widest, bits = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.int32)
-        _rounds(scan, tile.numpy(), top, widest, bits).run()
+        _threads(scan, tile.numpy(), top, widest, bits).read()
         largest = bits.max().view(np.float32)
         if not np.isfinite(largest):
             return None
@@ -278,33 +278,33 @@ class FusedReads:
 
         def read(tile: Tensor, rows: slice) -> NDArray[np.float64]:
             reading = self._kept.get(ask.head) or self._reading(tile, rows, ask.head, weight)
-            rounds, asked, parts = reading
+            threads, asked, parts = reading
             asked[:-2], asked[-2], asked[-1] = g, a, moved
-            rounds.run()
+            threads.read()
             return parts.sum(0)
 
         return read
 
     def _reading(self, tile: Tensor, rows: slice, head: int, weight: Tensor | None) -> Any:
-        """(rounds, what they ask, the sums of each block)"""
+        """(threads, what they are asked, the sums of each block)"""
         n, k = tile.shape
         asked, parts = np.empty(k + 2, np.float32), np.empty((-(-n // ROWS), 2, k))
         w = None if weight is None else weight[rows].numpy()
         scores = tile.numpy()
         contiguous = scores.dtype == np.float32 and scores.strides[1] == 4
         rest = (asked, w, None if contiguous else True, self._offsets[head][rows], parts)
-        reading = _rounds(column_sums, scores, *rest, stay=self._stay), asked, parts
+        reading = _threads(column_sums, scores, *rest, stay=self._stay), asked, parts
         if self._whole:
             self._kept[head] = reading
         return reading
 
     def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
         """Into out the largest entry of each row, -1 less it where there are ties."""
-        for rounds, *_ in self._kept.values():
-            rounds.close()
+        for threads, *_ in self._kept.values():
+            threads.close()
         a, g = ask.powers()
         index, gap = np.arange(len(g), dtype=np.float32), np.float32(tie * math.log2(math.e))
-        _rounds(labels, tile.numpy(), np.float32(a), g, index, out.numpy(), gap).run()
+        _threads(labels, tile.numpy(), np.float32(a), g, index, out.numpy(), gap).read()
         return True
 
     def _moved(self, ask: Any, a: float, g: NDArray[np.float32]) -> float:
@@ -322,7 +322,7 @@ class FusedReads:
         return float(np.abs(g - scale * before).max() + scale * math.log2(len(g)))
 
 
-def _rounds(kernel: Any, scores: Any, *arguments: Any, stay: int = 1) -> Rounds:
+def _threads(kernel: Any, scores: Any, *arguments: Any, stay: int = 1) -> Threads:
     """Over blocks of ROWS of the scores, in as many threads as are worth it."""
-    threads = torch.get_num_threads() if scores.size >= _TOGETHER else 1
-    return Rounds(kernel, -(-len(scores) // ROWS), threads, stay, scores, *arguments)
+    n = torch.get_num_threads() if scores.size >= _TOGETHER else 1
+    return Threads(kernel, -(-len(scores) // ROWS), n, stay, scores, *arguments)

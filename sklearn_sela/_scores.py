@@ -73,10 +73,6 @@ class Scores:
 
     def blocks(self, heads: list[int]) -> Iterator[tuple[slice, list[Tensor]]]:
         """(rows, scores of shape (rows, K) for each of the heads), over all rows."""
-        if self.n and self.whole():
-            whole = next(self._rows())
-            yield slice(0, self.n), [self._tile(whole, head) for head in heads]
-            return
         start = 0
         for block in self._rows():
             if block.ndim != 2 or block.shape[1] != self.width:

@@ -168,13 +168,13 @@ def test_scores_too_sharp_for_float32_are_read_in_float64(fused):
 
 
 @pytest.mark.parametrize("flushed", [False, True])
-def test_fused_reads_take_tiny_numbers_for_zero_and_leave_the_caller_his_way(rounds, flushed):
+def test_fused_reads_take_tiny_numbers_for_zero_and_leave_the_caller_his_way(threads, flushed):
     tiny = np.array([1e-39], np.float32)
     torch.set_flush_denormal(flushed)
     try:
-        assert not rounds._flushed(lambda: (tiny * np.float32(1)).any())
+        assert not threads._flushed(lambda: (tiny * np.float32(1)).any())
         with pytest.raises(ZeroDivisionError):
-            rounds._flushed(lambda: 1 // 0)
+            threads._flushed(lambda: 1 // 0)
         sinkhorn_labels(network_scores(2000, 150), reg=0.01)  # with squares below 1e-38
         assert (tiny * np.float32(1)).any() != flushed
     finally:
@@ -205,17 +205,17 @@ def test_results_do_not_depend_on_the_number_of_threads(fused):
 
 
 @pytest.fixture
-def rounds():
+def threads():
     pytest.importorskip("numba")
-    return importlib.import_module("sklearn_sela._rounds")
+    return importlib.import_module("sklearn_sela._threads")
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_read_ends_when_the_last_thread_has(rounds, fails):
+def test_a_read_ends_when_the_last_thread_has(threads, fails):
     started, finished = threading.Event(), []
 
     def one_block_each(counts, looks):
-        assert rounds.take(counts, 2, looks) >= 0
+        assert threads.take(counts, 2, looks) >= 0
         if threading.current_thread() is not threading.main_thread():
             started.set()
             time.sleep(0.2)  # longer than one looks out for it
@@ -224,32 +224,32 @@ def test_a_read_ends_when_the_last_thread_has(rounds, fails):
             finished.append(True)
         else:
             assert started.wait(60)
-        rounds.finish(counts)
+        threads.finish(counts)
 
-    reads = rounds.Rounds(one_block_each, 2, 2, 1)
+    reads = threads.Threads(one_block_each, 2, 2, 1)
     if fails:
         with pytest.raises(ZeroDivisionError):
-            reads.run()
+            reads.read()
     else:
-        reads.run()
+        reads.read()
         assert finished
 
 
-def test_threads_stay_for_the_next_round_and_leave_at_the_end(rounds):
-    seen, left = [], threading.Event()
+def test_threads_stay_for_the_next_read_and_leave_at_the_end(threads):
+    seen, left, both = [], threading.Event(), threading.Barrier(2, timeout=60)
 
     def kernel(asked, counts, looks):
-        while rounds.take(counts, 2, looks) >= 0:
+        while threads.take(counts, 2, looks) >= 0:
             seen.append((asked[0], threading.current_thread().name))
-            time.sleep(0.05)  # in which the other takes the other block
-            rounds.finish(counts)
+            both.wait()  # a block each
+            threads.finish(counts)
         if looks:
             left.set()
 
     asked = np.zeros(1)
-    reads = rounds.Rounds(kernel, 2, 2, 1 << 62, asked)
+    reads = threads.Threads(kernel, 2, 2, 1 << 62, asked)
     for asked[0] in range(5):
-        reads.run()
+        reads.read()
     assert sorted(number for number, _ in seen) == sorted([*range(5), *range(5)])
     assert len({name for _, name in seen}) == 2
     assert len(reads._others) == 1  # sent once, for all of them
@@ -258,19 +258,20 @@ def test_threads_stay_for_the_next_round_and_leave_at_the_end(rounds):
     assert left.wait(60)
 
 
-def test_rounds_ask_for_others_when_those_before_have_left(rounds):
-    names = []
+def test_reads_ask_for_others_when_those_before_have_left(threads):
+    names, both = [], threading.Barrier(2, timeout=60)
 
     def kernel(counts, looks):
-        while rounds.take(counts, 2, looks) >= 0:
+        while threads.take(counts, 2, looks) >= 0:
             names.append(threading.current_thread().name)
-            time.sleep(0.05)
-            rounds.finish(counts)
+            both.wait()  # a block each
+            threads.finish(counts)
 
-    reads = rounds.Rounds(kernel, 2, 2, 1)
-    for _ in range(3):
-        reads.run()
-        time.sleep(0.1)
+    reads = threads.Threads(kernel, 2, 2, 1)
+    for n_left in range(1, 4):
+        reads.read()
+        while reads._counts[threads._LEFT] < n_left:
+            time.sleep(0.01)
     assert len(names) == 6
     assert names.count(threading.current_thread().name) == 3
 

@@ -1,8 +1,8 @@
-"""Rounds of a compiled kernel over blocks of rows, in threads that stay for the next round.
+"""Threads that read blocks of rows by a compiled kernel, and stay for the next read.
 
 Blocks are given out by counting, to whoever comes, so that nobody is waited for who has none. What
 threads share are three counts, changed by single operations of the processor: the block that is
-given out next, with the number of the round above it; the blocks of the round that are done; and
+given out next, with the number of the read above it; the blocks of the read that are done; and
 the threads that have left.
 """
 
@@ -29,7 +29,7 @@ COMPILE: dict[str, Any] = {
 STAY = 500_000  # looks, some .3 ms: longer than what a solver does between two reads
 _LOOKS, _PAUSE = 100_000, 2e-4  # at how far the others are, and seconds before it looks again
 _NEXT, _DONE, _LEFT, _COUNTS = 0, 8, 16, 24  # places: each has a line of the cache for itself
-_ROUND = 1 << 32
+_READ = 1 << 32
 _SUBNORMAL = np.float32(1e-39)
 
 
@@ -61,16 +61,16 @@ _set = _atomic(_stored)
 def take(counts, n_blocks, looks):  # type: ignore[no-untyped-def]
     """The next block that is free, or -1 when the thread is to leave.
 
-    The one that opens rounds does not look out for others, and is not counted: ``looks`` is 0.
+    The one that opens reads does not look out for others, and is not counted: ``looks`` is 0.
     """
     for _ in range(looks + 1):
         free = _get(counts, _NEXT, 0)
-        if free < 0:  # no round will follow
+        if free < 0:  # no read will follow
             break
-        if free % _ROUND < n_blocks:
+        if free % _READ < n_blocks:
             taken = _add(counts, _NEXT, 1)
-            if taken % _ROUND < n_blocks:
-                return taken % _ROUND
+            if taken % _READ < n_blocks:
+                return taken % _READ
     if looks:
         _add(counts, _LEFT, 1)
     return -1
@@ -84,15 +84,15 @@ def finish(counts):  # type: ignore[no-untyped-def]
 
 @njit(**COMPILE)
 def _open(counts):  # type: ignore[no-untyped-def]
-    """Free all blocks, for the next round; all of the last are done."""
+    """Free all blocks, for the next read; all of the last are done."""
     _set(counts, _DONE, 0)
-    _set(counts, _NEXT, (_get(counts, _NEXT, 0) // _ROUND + 1) * _ROUND)
+    _set(counts, _NEXT, (_get(counts, _NEXT, 0) // _READ + 1) * _READ)
 
 
 @njit(**COMPILE)
 def _close(counts):  # type: ignore[no-untyped-def]
-    """Send those away who look out for another round."""
-    _set(counts, _NEXT, -_ROUND)
+    """Send those away who look out for another read."""
+    _set(counts, _NEXT, -_READ)
 
 
 @njit(**COMPILE)
@@ -108,25 +108,25 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, initializer=partial(torch.set_flush_denormal, True))
 
 
-class Rounds:
-    """Rounds of ``kernel(*arguments, counts, looks)``, which takes blocks until it is to leave.
+class Threads:
+    """Reads by ``kernel(*arguments, counts, looks)``, which takes blocks until it is to leave.
 
     This thread starts at once and looks out for the end itself: to be woken by another takes as
-    long as a few blocks. Others come in when they can, and look ``stay`` times for another round
-    before they leave. What arguments hold may change between rounds: a kernel may read it only
-    once it has a block of the round.
+    long as a few blocks. Others come in when they can, and look ``stay`` times for another read
+    before they leave. What arguments hold may change between reads: a kernel may look only
+    once it has a block of the read.
     """
 
-    def __init__(self, kernel: Any, n_blocks: int, threads: int, stay: int, *arguments: Any):
+    def __init__(self, kernel: Any, n_blocks: int, n: int, stay: int, *arguments: Any):
         self._kernel, self._n_blocks, self._stay = kernel, n_blocks, stay
         self._counts = np.zeros(_COUNTS, np.int64)
         self._counts[_NEXT] = n_blocks  # none is free yet
         self._arguments = *arguments, self._counts
-        self._n_others, self._n_sent = threads - 1, 0
+        self._n_others, self._n_sent = n - 1, 0
         self._others: list[Future[None]] = []
 
-    def run(self) -> None:
-        """A round."""
+    def read(self) -> None:
+        """A read of all blocks."""
         _open(self._counts)
         # They count themselves out: to be done, a future waits for this thread to pause.
         if missing := self._n_others - self._n_sent + int(self._counts[_LEFT]):
@@ -142,7 +142,7 @@ class Rounds:
             time.sleep(_PAUSE)
 
     def close(self) -> None:
-        """No round follows: threads are free for something else."""
+        """No read follows: threads are free for something else."""
         _close(self._counts)
 
 
