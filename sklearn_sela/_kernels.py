@@ -10,7 +10,7 @@ import importlib
 import math
 import operator
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +51,22 @@ class Sums(NamedTuple):
     squares: NDArray[np.float64]  # sum_i r_i q_i ** 2, the diagonal of the Gram matrix: (K,)
     value: float = 0.0  # reg * sum_i r_i logsumexp((s_i + v) / reg), if gram was asked for
     gram: NDArray[np.float64] | None = None  # sum_i r_i q_i q_i': (K, K)
+
+
+class Largest(NamedTuple):
+    """The largest entry of each row, of one head."""
+
+    labels: Tensor  # (n_rows,) int64
+    least: float  # of them
+    most: float
+
+
+def ends(labels: Tensor) -> tuple[float, float]:
+    """Least and greatest label; of none, beyond those of any others."""
+    if not len(labels):
+        return math.inf, -math.inf
+    least, most = torch.aminmax(labels)
+    return float(least), float(most)
 
 
 class Reader:
@@ -98,18 +114,22 @@ class Reader:
         exact = scores.dtype == torch.float64 or not scores.dtype.is_floating_point
         fine = tol < _FUSED_TOL
         self.dtype = torch.float64 if exact or sharp or fine else torch.float32
-        self.uniform = weights is None
-        if weights is None:
-            self.r = _equal(self.n, self.device).expand(self.n_rows)
-        else:
+        self.uniform, self._w = weights is None, None
+        if weights is not None:
             self.r = _scaled(weights, "sample_weight", shards)
-        self._w = None if self.uniform else (self.r * self.n).float()
+            self._w = (self.r * self.n).float()
         # Small matrices are cleaned once and kept, large ones a chunk at a time in each read.
         self._kept: list[Tensor] = []
         small = 0 < self.n_rows * self.k * scores.n_heads <= _CHUNK
         if self._fused is None and scores.whole() and small:
             ((_, tiles),) = scores.blocks(list(range(scores.n_heads)))
             self._kept = [self._clean(tile) for tile in tiles]
+
+    @cached_property
+    def r(self) -> Tensor:
+        """Weights of the rows, (n_rows,) float64: those of all processes sum to one."""
+        each = torch.full((1,), 1.0 / self.n, dtype=torch.float64, device=self.device)
+        return each.expand(self.n_rows)
 
     def sums(self, asks: list[Ask]) -> list[Sums]:
         """What is asked for, several heads in one pass over the source."""
@@ -145,8 +165,8 @@ class Reader:
         """What a tile adds: ([shares, squares],), and (value, Gram matrix) if asked for."""
         if self._fused is None or ask.gram:
             return partial(self._plain_read, ask)
-        column_sums = self._fused.column_sums(ask, self._w)
-        return lambda tile, rows: (column_sums(tile, rows) / self.n,)
+        column_sums = self._fused.column_sums(ask, self._w, self.n)
+        return lambda tile, rows: (column_sums(tile, rows),)
 
     def _plain_read(self, ask: Ask, tile: Tensor, rows: slice) -> tuple[Any, ...]:
         sums, value = torch.zeros(2, self.k, dtype=torch.float64, device=self.device), 0.0
@@ -177,18 +197,29 @@ class Reader:
                 if len(own):
                     yield own + rows.start, self._shifted(self._clean(tile[own]), ask).softmax(1)
 
-    def largest(self, asks: list[Ask]) -> list[Tensor]:
+    def largest(self, asks: list[Ask]) -> list[Largest]:
         """For each head the largest entry of each row of q; -1 less it where there are ties."""
-        labels = [torch.empty(self.n_rows, dtype=torch.int64, device=self.device) for _ in asks]
+        found: list[list[Any]] = [[] for _ in asks]
         for rows, tiles in self._tiles(asks):
-            for out, ask, tile in zip(labels, asks, tiles, strict=True):
-                if self._fused is not None and self._fused.largest(tile, ask, _TIE, out[rows]):
-                    continue
-                for part, z in self._exponents(tile, rows, ask):
-                    top, best = z.max(1)
-                    tied = (z >= top[:, None] - _TIE).sum(1) > 1
-                    out[part] = best.where(~tied, -1 - best)
-        return labels
+            for parts, ask, tile in zip(found, asks, tiles, strict=True):
+                if self._fused is not None and (part := self._fused.largest(tile, ask, _TIE)):
+                    parts.append(part)
+                else:
+                    parts += self._largest(ask, tile, rows)
+        return [Largest(*parts[0]) if len(parts) == 1 else self._joined(parts) for parts in found]
+
+    def _largest(self, ask: Ask, tile: Tensor, rows: slice) -> Iterator[Any]:
+        for _, z in self._exponents(tile, rows, ask):
+            top, best = z.max(1)
+            tied = (z >= top[:, None] - _TIE).sum(1) > 1
+            labels = best.where(~tied, -1 - best)
+            yield labels, *ends(labels)
+
+    def _joined(self, parts: list[Any]) -> Largest:
+        """Of all rows, of which there may be none."""
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        labels, least, most = zip((none, *ends(none)), *parts, strict=True)
+        return Largest(torch.cat(labels), min(least), max(most))
 
     def _tiles(self, asks: list[Ask]) -> Iterator[tuple[slice, list[Tensor]]]:
         return self.scores.blocks([ask.head for ask in asks])
@@ -236,15 +267,11 @@ def _as_sums(ask: Ask, sums: Any, value: Any = 0.0, gram: Any = None) -> Sums:
     return Sums(m, squares, ask.reg * float(value), gram)
 
 
-def as_shares(weights: Any, size: int, name: str, device: torch.device | None = None) -> Tensor:
-    """Non-negative weights scaled to sum to one, float64; None is uniform."""
+def as_shares(weights: Any, size: int, name: str) -> NDArray[np.float64]:
+    """Non-negative weights scaled to sum to one; None is uniform."""
     if weights is None:
-        return _equal(size, device).expand(size)
-    return _scaled(_weights(weights, size, name, device), name, _ALONE)
-
-
-def _equal(size: int, device: torch.device | None) -> Tensor:
-    return torch.full((1,), 1.0 / size, dtype=torch.float64, device=device)
+        return np.full(size, 1.0 / size)
+    return _scaled(_weights(weights, size, name), name, _ALONE).cpu().numpy()
 
 
 def _scaled(weights: Tensor, name: str, shards: Shards) -> Tensor:
@@ -256,7 +283,7 @@ def _scaled(weights: Tensor, name: str, shards: Shards) -> Tensor:
     return weights / shards.total(float(weights.sum()))
 
 
-def _weights(weights: Any, size: int, name: str, device: torch.device | None) -> Tensor:
+def _weights(weights: Any, size: int, name: str, device: torch.device | None = None) -> Tensor:
     w = weights.detach() if isinstance(weights, Tensor) else torch.as_tensor(np.array(weights))
     w = w.to(device, torch.float64)
     if w.shape != (size,):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from sklearn_sela._lanes import (
     add,
     add_to_exponent,
     fma,
+    kept,
     load,
     load_some,
     maximum,
@@ -35,17 +36,21 @@ from sklearn_sela._lanes import (
     total,
 )
 from sklearn_sela._scores import Scores
-from sklearn_sela._threads import COMPILE, STAY, Threads, finish, take
+from sklearn_sela._threads import COMPILE, STAY, Threads, all_done, finish, take
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
 _AHEAD = 2048  # entries between what is read and what is asked for
 _TOGETHER = 1 << 19  # entries, from which on other threads are worth waking
 _TOO_FAR = 60.0  # for exponents of two to move between two reads, whose offsets are then no use
+_LOG2E = math.log2(math.e)
 _F = np.float32
 _LOW, _HIGH = _F(-3e38), _F(3e38)
 _LEAST = _F(-126)  # exponents of two below have no normal float32
 _ROUNDED = _F(1.5 * 2**23)  # added to a number, it leaves no bits for a fraction
+_C0, _C1, _C2 = _F(1), _F(6.931472029e-1), _F(2.402264791e-1)  # of 2 ** f, |f| <= 1/2
+_C3, _C4, _C5 = _F(5.550332471e-2), _F(9.618437358e-3), _F(1.339887440e-3)
+SCAN, SUMS, LABELS = 0, 1, 2  # what a read is for
 _NOTHING = _F(-1e30)  # power of a cluster that gets nothing
 
 
@@ -100,16 +105,21 @@ def _prefetch(context, s, i, j):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _exp2(t):  # type: ignore[no-untyped-def]
+def _constants():  # type: ignore[no-untyped-def]
+    """Those of _exp2, in registers."""
+    c0, c1, c2 = splat(kept(_C0)), splat(kept(_C1)), splat(kept(_C2))
+    c3, c4, c5 = splat(kept(_C3)), splat(kept(_C4)), splat(kept(_C5))
+    return splat(kept(_LEAST)), splat(kept(_ROUNDED)), c0, c1, c2, c3, c4, c5
+
+
+@njit(inline="always")
+def _exp2(t, constants):  # type: ignore[no-untyped-def]
     """2 ** t for t < 128, to 2e-7: a minimax polynomial of what rounding t leaves."""
-    t = maximum(t, splat(_LEAST))
-    shifted = add(t, splat(_ROUNDED))
-    f = sub(t, sub(shifted, splat(_ROUNDED)))
-    p = fma(f, splat(_F(1.339887440e-3)), splat(_F(9.618437358e-3)))
-    p = fma(p, f, splat(_F(5.550332471e-2)))
-    p = fma(p, f, splat(_F(2.402264791e-1)))
-    p = fma(p, f, splat(_F(6.931472029e-1)))
-    p = fma(p, f, splat(_F(1)))
+    least, rounded, c0, c1, c2, c3, c4, c5 = constants
+    t = maximum(t, least)
+    shifted = add(t, rounded)
+    f = sub(t, sub(shifted, rounded))
+    p = fma(f, fma(f, fma(f, fma(f, fma(f, c5, c4), c3), c2), c1), c0)
     return add_to_exponent(p, shifted)
 
 
@@ -128,124 +138,183 @@ def _rows_of(n, k, value):  # type: ignore[no-untyped-def]
 
 
 @njit(**COMPILE)
-def scan(s, top, widest, largest, counts, looks):  # type: ignore[no-untyped-def]
-    """Into top the largest entry of each row; of each block the widest row, largest magnitude."""
-    n, k = s.shape
-    block = take(counts, len(widest), looks)
-    while block >= 0:
-        wide, bits = _F(0), np.int32(0)
-        for i in range(block * ROWS, min((block + 1) * ROWS, n)):
-            high, low = _LOW, _HIGH
-            for j in range(k):
-                x = _F(s[i, j])
-                high, low = _max(high, x), _min(low, x)
-                bits = max(bits, _magnitude(x))
-            top[i] = high
-            wide = _max(wide, high - low)
-        widest[block], largest[block] = wide, bits
-        finish(counts)
-        block = take(counts, len(widest), looks)
+def _scan(s, start, stop, tops, found):  # type: ignore[no-untyped-def]
+    """Into tops the largest entry of each row; the widest row, and the largest magnitude's bits."""
+    wide, bits = _F(0), np.int32(0)
+    for i in range(start, stop):
+        high, low = _LOW, _HIGH
+        for j in range(s.shape[1]):
+            x = _F(s[i, j])
+            high, low = _max(high, x), _min(low, x)
+            bits = max(bits, _magnitude(x))
+        tops[i] = high
+        wide = _max(wide, high - low)
+    found[0, 0], found[1, 0] = wide, bits
 
 
 @njit(**COMPILE)
-def _largest_exponents(s, a, g, base, start, stop):  # type: ignore[no-untyped-def]
+def _largest_exponents(s, start, stop, g, a, offsets):  # type: ignore[no-untyped-def]
     for i in range(start, stop):
         high = _LOW
         for j in range(s.shape[1]):
             high = _max(high, _F(s[i, j]) * a + g[j])
-        base[i] = high
+        offsets[i] = high
 
 
 @njit(**COMPILE)
-def column_sums(s, ask, weight, copied, base, parts, counts, looks):  # type: ignore[no-untyped-def]
-    """Into parts[block]: sums over its rows of weight (None: 1) times q and times q ** 2.
+def _column_sums(  # type: ignore[no-untyped-def]
+    s, start, stop, a, weight, offsets, found, copied, scratch
+):
+    """Sums over the rows of weight (none: 1) times q and q ** 2, q ~ 2 ** (a * s + gains).
 
-    q is the softmax of (a * s + g) * log 2. ``ask`` holds g, a, and how far exponents may be from
-    those of the last read. ``base`` is what is taken off each row's so that they do not overflow:
-    the logarithm of their sum, about, from where they were last; made anew where that is too far.
-    Rows are taken in twos, which halves the work on the sums; those that are not contiguous
-    float32 are ``copied`` first (else None, for which numba compiles a loop without it).
+    ``offsets`` are what is taken off a row's exponents so that they do not overflow: the logarithm
+    of their sum, about, from where they were last. Rows are taken in twos, which halves the work
+    on the sums; those that are not contiguous float32 are ``copied`` first (else None, for which
+    numba compiles a loop without it).
     """
-    n, k = s.shape
-    e, sums = _rows_of(2, k, _F(0)), _rows_of(2, k, _F(0))
-    room, gains = _rows_of(2, k, _F(0)), _rows_of(1, k, _NOTHING)
-    over, w = np.empty(2, np.float32), np.empty(2, np.float32)
-    of_row = np.empty(ROWS, np.float32)
-    ahead, whole = max(2, _AHEAD // k), k // LANES * LANES
-    block = take(counts, len(parts), looks)
-    while block >= 0:
-        start, stop = block * ROWS, min((block + 1) * ROWS, n)
-        gains[0, :k], scale, moved = ask[:k], splat(ask[k]), ask[k + 1]
-        if moved > _TOO_FAR:
-            _largest_exponents(s, ask[k], ask, base, start, stop)
-        sums[:] = _F(0)
-        for i in range(start, stop, 2):
-            for r in range(2):
-                row = min(i + r, stop - 1)
-                off, summed = splat(base[row]), splat(_F(0))
-                w[r] = _F(1)
-                if weight is not None:
-                    w[r] = weight[row]
-                if copied is not None:
-                    for j in range(k):
-                        room[r, j] = s[row, j]
-                for j in range(0, k, LANES):
-                    _prefetch(s, i + r + ahead, j)
-                    if copied is not None:
-                        x = load(room, r, j)
-                    elif j < whole:
-                        x = load(s, row, j)
-                    else:
-                        x = load_some(s, row, j, k - j)
-                    x = _exp2(sub(fma(x, scale, load(gains, 0, j)), off))
-                    store(e, r, j, x)
-                    summed = add(summed, x)
-                of_row[row - start] = total(summed)
-                over[r] = _F(1) / of_row[row - start]
-            if i + 1 == stop:
-                over[1] = _F(0)  # the last row stands for the one that is not there
-            over_0, over_1, w_0, w_1 = splat(over[0]), splat(over[1]), splat(w[0]), splat(w[1])
+    k = s.shape[1]
+    e, sums, room, gains, of_row, over = scratch
+    sums[:], scale, constants = _F(0), splat(a), _constants()
+    ahead, whole, weighted = max(2, _AHEAD // k), k // LANES * LANES, len(weight) > 0
+    for i in range(start, stop, 2):
+        for r in range(2):
+            row = min(i + r, stop - 1)
+            off, summed = splat(offsets[row]), splat(_F(0))
+            if copied is not None:
+                for j in range(k):
+                    room[r, j] = s[row, j]
             for j in range(0, k, LANES):
-                q, other = mul(over_0, load(e, 0, j)), mul(over_1, load(e, 1, j))
-                wq, w_other = q, other
-                if weight is not None:
-                    wq, w_other = mul(w_0, q), mul(w_1, other)
-                store(sums, 0, j, add(load(sums, 0, j), add(wq, w_other)))
-                store(sums, 1, j, fma(w_other, other, fma(wq, q, load(sums, 1, j))))
-        for i in range(start, stop):
-            base[i] += _F((_magnitude(of_row[i - start]) >> 23) - 127)  # its exponent
-        parts[block] = sums[:, :k]
-        finish(counts)
-        block = take(counts, len(parts), looks)
+                _prefetch(s, i + r + ahead, j)
+                if copied is not None:
+                    x = load(room, r, j)
+                elif j < whole:
+                    x = load(s, row, j)
+                else:
+                    x = load_some(s, row, j, k - j)
+                x = _exp2(sub(fma(x, scale, load(gains, 0, j)), off), constants)
+                store(e, r, j, x)
+                summed = add(summed, x)
+            of_row[row - start] = total(summed)
+            over[r] = over[2 + r] = _F(1) / of_row[row - start]
+            if weighted:
+                over[r] *= weight[row]
+                over[2 + r] *= np.sqrt(weight[row])
+        if i + 1 == stop:
+            over[1] = over[3] = _F(0)  # the last row stands for the one that is not there
+        over_0, over_1 = splat(over[0]), splat(over[1])
+        root_0, root_1 = splat(over[2]), splat(over[3])
+        for j in range(0, k, LANES):
+            e_0, e_1 = load(e, 0, j), load(e, 1, j)
+            store(sums, 0, j, fma(over_1, e_1, fma(over_0, e_0, load(sums, 0, j))))
+            q_0, q_1 = mul(root_0, e_0), mul(root_1, e_1)
+            store(sums, 1, j, fma(q_1, q_1, fma(q_0, q_0, load(sums, 1, j))))
+    for i in range(start, stop):
+        offsets[i] += _F((_magnitude(of_row[i - start]) >> 23) - 127)  # its exponent
+    found[:] = sums[:, :k]
 
 
 @njit(**COMPILE)
-def labels(s, a, g, index, out, tie, counts, looks):  # type: ignore[no-untyped-def]
-    """Into out the largest of a * s + g of each row; -1 less it if another is within tie.
+def _labels(s, start, stop, g, a, tie, labels, found):  # type: ignore[no-untyped-def]
+    """The largest of a * s + g of each row; -1 less it if another is within tie; their ends."""
+    k = s.shape[1]
+    z, index = np.empty(k, np.float32), np.empty(k, np.float32)
+    for j in range(k):
+        index[j] = j  # as floats, which mix with scores in one vector register
+    for i in range(start, stop):
+        high = _LOW
+        for j in range(k):
+            x = _F(s[i, j]) * a + g[j]
+            z[j] = x
+            high = _max(high, x)
+        least, close, which = high - tie, _F(0), _F(0)
+        for j in range(k):
+            near = _F(1) if z[j] >= least else _F(0)
+            close += near
+            which += near * index[j]  # the largest, if it is alone
+        labels[i] = np.int64(which)
+        if close > _F(1):
+            labels[i] = -1 - np.argmax(z)
+    found[0, 0], found[1, 0] = labels[start:stop].min(), labels[start:stop].max()
 
-    ``index`` counts the columns as floats, which mix with scores in one vector register.
+
+@njit(**COMPILE)
+def read(  # type: ignore[no-untyped-def]
+    s, v, how, weight, offsets, found, labels, copied, counts, looks
+):
+    """Blocks of rows as they are free: into found[block] or, of each row, labels.
+
+    ``v`` holds the potential and that of the last read, ``how`` what this one is for, a now and
+    then, how far offsets may have been off then, and what is a tie.
     """
-    n, k = s.shape
-    z = np.empty(k, np.float32)
-    n_blocks = -(-n // ROWS)
-    block = take(counts, n_blocks, looks)
+    k = s.shape[1]
+    e, sums, room = _rows_of(2, k, _F(0)), _rows_of(2, k, _F(0)), _rows_of(2, k, _F(0))
+    gains = _rows_of(1, k, _NOTHING)
+    of_row, over = np.empty(ROWS, np.float32), np.empty(4, np.float32)
+    block = take(counts, len(found), looks)
     while block >= 0:
-        for i in range(block * ROWS, min((block + 1) * ROWS, n)):
-            high = _LOW
-            for j in range(k):
-                x = _F(s[i, j]) * a + g[j]
-                z[j] = x
-                high = _max(high, x)
-            least, close, which = high - tie, _F(0), _F(0)
-            for j in range(k):
-                near = _F(1) if z[j] >= least else _F(0)
-                close += near
-                which += near * index[j]  # the largest, if it is alone
-            out[i] = np.int64(which)
-            if close > _F(1):
-                out[i] = -1 - np.argmax(z)
+        start, stop = block * ROWS, min((block + 1) * ROWS, len(s))
+        what, a, scaled, off, tie = how[0], how[1], _F(how[1] / how[2]), how[3], how[4]
+        moved, most = 0.0 if scaled == _F(1) else scaled * off, 0.0
+        for j in range(k):
+            power, before = max(v[0, j] * a, _NOTHING), max(v[1, j] * a, _NOTHING)
+            gains[0, j], most = power, max(most, abs(power - before))
+        a = _F(a)
+        if what == SCAN:
+            _scan(s, start, stop, offsets, found[block])
+        elif what == LABELS:
+            _labels(s, start, stop, gains[0], a, _F(tie), labels, found[block])
+        else:
+            if moved + most > _TOO_FAR:
+                _largest_exponents(s, start, stop, gains[0], a, offsets)
+            elif scaled != _F(1):
+                for i in range(start, stop):
+                    offsets[i] *= scaled
+            scratch = e, sums, room, gains, of_row, over
+            _column_sums(s, start, stop, a, weight, offsets, found[block], copied, scratch)
         finish(counts)
-        block = take(counts, n_blocks, looks)
+        block = take(counts, len(found), looks)
+    return all_done(counts, len(found), looks)
+
+
+@njit(**COMPILE)
+def mean(found, n):  # type: ignore[no-untyped-def]
+    """Sum of the blocks' over n."""
+    out = np.zeros(found.shape[1:])
+    for block in range(len(found)):
+        out += found[block]
+    return out / n
+
+
+class _Last(NamedTuple):
+    """The last read that left offsets: at first the scan, whose row maxima are of scores."""
+
+    v: NDArray[np.float64]
+    a: float = 1.0
+    off: float = 0.0  # how far they are from the largest exponents, at most
+
+
+class _Rows:
+    """Rows of scores in memory, read in as many threads as torch has and as are worth it."""
+
+    def __init__(self, tile: Tensor, weight: Tensor | None, offsets: Any, stay: int):
+        scores, (n, k) = tile.numpy(), tile.shape
+        n_blocks = -(-n // ROWS)
+        self._v, self._how = np.zeros((2, k)), np.ones(5)
+        self.found, self.labels = np.empty((n_blocks, 2, k)), np.empty(n, np.int64)
+        self.weighted = weight is not None
+        w = np.empty(0, np.float32) if weight is None else weight.numpy()
+        contiguous = scores.dtype == np.float32 and scores.strides[1] == 4
+        n_threads = torch.get_num_threads() if n * k >= _TOGETHER else 1
+        rest = w, offsets, self.found, self.labels, None if contiguous else True
+        self._threads = Threads(read, n_blocks, n_threads, stay, scores, self._v, self._how, *rest)
+
+    def read(self, what: int, v: Any, a: float, last: _Last, tie: float = 0.0) -> None:
+        self._v[0], self._v[1] = v, last.v
+        self._how[:] = what, a, last.a, last.off, tie
+        self._threads.read()
+
+    def close(self) -> None:
+        self._threads.close()
 
 
 class FusedReads:
@@ -253,76 +322,54 @@ class FusedReads:
 
     def __init__(self, scores: Scores):
         self._offsets: list[Any] = [[] for _ in range(scores.n_heads)]  # of each row's exponents
-        self._last: list[Any] = [None] * scores.n_heads  # reg and powers that they are right for
-        # Of matrices in memory, whose tiles are the same at each read. Threads that stay for one
+        self._last = [_Last(np.zeros(scores.k))] * scores.n_heads
+        # Of matrices in memory, which are the same at each read. Threads that stay for one
         # head's next read would not be there for another's.
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[int, _Rows] = {}
         self._whole = scores.whole()
         self._stay = STAY if self._whole and scores.n_heads == 1 else 1
 
     def scan(self, tile: Tensor, head: int) -> tuple[float, float] | None:
         """(widest row, largest magnitude); None if not all scores are finite."""
-        top, n_blocks = np.empty(len(tile), np.float32), -(-len(tile) // ROWS)
-        widest, bits = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.int32)
-        _threads(scan, tile.numpy(), top, widest, bits).read()
-        largest = bits.max().view(np.float32)
-        if not np.isfinite(largest):
-            return None
-        self._offsets[head].append(top)
-        return float(widest.max()), float(largest)
+        tops = np.empty(len(tile), np.float32)
+        self._offsets[head].append(tops)
+        rows = self._rows(tile, head, None, tops)
+        rows.read(SCAN, 0.0, 1.0, self._last[head])
+        wide, bits = rows.found[:, :, 0].max(0)
+        largest = np.int32(bits).view(np.float32)
+        return (float(wide), float(largest)) if np.isfinite(largest) else None
 
-    def column_sums(self, ask: Any, weight: Tensor | None) -> Callable[[Tensor, slice], Any]:
-        """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, (2, K)."""
-        a, g = ask.powers()
-        moved = self._moved(ask, a, g)
+    def column_sums(self, ask: Any, weight: Tensor | None, n: int) -> Callable[..., Any]:
+        """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, over n."""
+        offsets, last, a = self._offsets[ask.head], self._last[ask.head], _LOG2E / ask.reg
+        if isinstance(offsets, list):  # scanned, and not read before
+            offsets = np.concatenate(offsets) if len(offsets) > 1 else offsets[0]
+            self._offsets[ask.head] = offsets
+        self._last[ask.head] = _Last(ask.v, a, math.log2(len(ask.v)))
 
-        def read(tile: Tensor, rows: slice) -> NDArray[np.float64]:
-            reading = self._kept.get(ask.head) or self._reading(tile, rows, ask.head, weight)
-            threads, asked, parts = reading
-            asked[:-2], asked[-2], asked[-1] = g, a, moved
-            threads.read()
-            return parts.sum(0)
+        def read(tile: Tensor, of: slice) -> NDArray[np.float64]:
+            w = None if weight is None else weight[of]
+            rows = self._rows(tile, ask.head, w, offsets[of])
+            rows.read(SUMS, ask.v, a, last)
+            return mean(rows.found, n)
 
         return read
 
-    def _reading(self, tile: Tensor, rows: slice, head: int, weight: Tensor | None) -> Any:
-        """(threads, what they are asked, the sums of each block)"""
-        n, k = tile.shape
-        asked, parts = np.empty(k + 2, np.float32), np.empty((-(-n // ROWS), 2, k))
-        w = None if weight is None else weight[rows].numpy()
-        scores = tile.numpy()
-        contiguous = scores.dtype == np.float32 and scores.strides[1] == 4
-        rest = (asked, w, None if contiguous else True, self._offsets[head][rows], parts)
-        reading = _threads(column_sums, scores, *rest, stay=self._stay), asked, parts
+    def largest(self, tile: Tensor, ask: Any, tie: float) -> tuple[Tensor, float, float]:
+        """The largest entry of each row, -1 less it where there are ties; least and greatest."""
+        rows = self._kept.pop(ask.head, None) or _Rows(tile, None, np.empty(0, np.float32), 1)
+        rows.read(LABELS, ask.v, _LOG2E / ask.reg, self._last[ask.head], tie * _LOG2E)
+        rows.close()
+        least, most = rows.found[:, :, 0].T
+        return torch.from_numpy(rows.labels), float(least.min()), float(most.max())
+
+    def _rows(self, tile: Tensor, head: int, weight: Tensor | None, offsets: Any) -> _Rows:
+        kept = self._kept.get(head)
+        if kept is not None:
+            if weight is None or kept.weighted:
+                return kept
+            kept.close()  # scanned before weights were known
+        rows = _Rows(tile, weight, offsets, self._stay)
         if self._whole:
-            self._kept[head] = reading
-        return reading
-
-    def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
-        """Into out the largest entry of each row, -1 less it where there are ties."""
-        for threads, *_ in self._kept.values():
-            threads.close()
-        a, g = ask.powers()
-        index, gap = np.arange(len(g), dtype=np.float32), np.float32(tie * math.log2(math.e))
-        _threads(labels, tile.numpy(), np.float32(a), g, index, out.numpy(), gap).read()
-        return True
-
-    def _moved(self, ask: Any, a: float, g: NDArray[np.float32]) -> float:
-        """How far exponents may be from those for which their offsets are right."""
-        head = ask.head
-        if self._last[head] is None:  # the row maxima of the scan, for a potential of 0
-            self._offsets[head] = np.concatenate(self._offsets[head]) * np.float32(a)
-            self._last[head] = ask.reg, np.zeros_like(g)
-        (reg, before), self._last[head] = self._last[head], (ask.reg, g)
-        if reg == ask.reg:
-            return float(np.abs(g - before).max())
-        # Exponents scale, and with them how far a sum's is from the largest of its terms.
-        scale = np.float32(reg / ask.reg)
-        self._offsets[head] *= scale
-        return float(np.abs(g - scale * before).max() + scale * math.log2(len(g)))
-
-
-def _threads(kernel: Any, scores: Any, *arguments: Any, stay: int = 1) -> Threads:
-    """Over blocks of ROWS of the scores, in as many threads as are worth it."""
-    n = torch.get_num_threads() if scores.size >= _TOGETHER else 1
-    return Threads(kernel, -(-len(scores) // ROWS), n, stay, scores, *arguments)
+            self._kept[head] = rows
+        return rows

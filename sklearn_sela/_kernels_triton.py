@@ -80,16 +80,15 @@ class FusedReads:
     def scan(self, tile: Tensor, head: int) -> None:
         """Left to torch."""
 
-    def column_sums(self, ask: Any, weight: Tensor | None) -> Callable[[Tensor, slice], Tensor]:
-        """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, (2, K)."""
+    def column_sums(self, ask: Any, weight: Tensor | None, n: int) -> Callable[..., Tensor]:
+        """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, over n."""
         a, g = ask.powers()
 
         def read(tile: Tensor, rows: slice) -> Tensor:
             w = None if weight is None else weight[rows]
-            return column_sums(tile, a, torch.from_numpy(g).to(tile.device), w)
+            return column_sums(tile, a, torch.from_numpy(g).to(tile.device), w) / n
 
         return read
 
-    def largest(self, tile: Tensor, ask: Any, tie: float, out: Tensor) -> bool:
+    def largest(self, tile: Tensor, ask: Any, tie: float) -> None:
         """Left to torch."""
-        return False

@@ -106,6 +106,20 @@ def splat(context, number):  # type: ignore[no-untyped-def]
     return lanes(types.float32), code
 
 
+@intrinsic
+def kept(context, number):  # type: ignore[no-untyped-def]
+    """The number itself, of which the compiler no longer knows that it is a constant.
+
+    It would rather make constants anew for each vector than keep them in registers.
+    """
+
+    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        bits, kind = builder.bitcast(args[0], _I32), ir.FunctionType(_I32, [_I32])
+        return builder.bitcast(builder.asm(kind, "", "=r,0", [bits], False), _F32)
+
+    return types.float32(types.float32), code
+
+
 def _by_lane(name):  # type: ignore[no-untyped-def]
     @intrinsic
     def operation(context, x, y):  # type: ignore[no-untyped-def]

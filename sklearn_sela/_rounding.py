@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sklearn_sela._kernels import Ask, Reader
+from sklearn_sela._kernels import Ask, Reader, ends
 
 _GOLDEN = 0.6180339887498949  # its multiples modulo 1 fill [0, 1) evenly
 
@@ -20,30 +19,22 @@ def read_labels(reader: Reader, asks: list[Ask], limits: list[float]) -> list[Te
 
     ``limits`` has the largest share that a cluster of each head may get, 1 if any will do.
     """
-    heads, ends = reader.largest(asks), []
-    for ask, labels in zip(asks, heads, strict=True):
-        least, most = _ends(labels)
+    heads, of_heads = [], []
+    for ask, (labels, least, most) in zip(asks, reader.largest(asks), strict=True):
         if least < 0:
             _split_ties(reader, ask, labels)
         if least < 0 or not reader.uniform:
-            least, most = _ends(labels if reader.uniform else labels[reader.r > 0])
-        ends.append((-least, most))
+            least, most = ends(labels if reader.uniform else labels[reader.r > 0])
+        heads.append(labels)
+        of_heads.append((-least, most))
     n = reader.n if reader.uniform else reader.shards.total(int((reader.r > 0).sum()))
-    of_all = reader.shards.max(*itertools.chain(*ends))
+    of_all = reader.shards.max(*itertools.chain(*of_heads))
     for ask, labels, limit, negative, top in zip(
         asks, heads, limits, of_all[::2], of_all[1::2], strict=True
     ):
         if -negative == top and n * (1 - limit) > 1 - 1e-9:  # owed to others
             _split_collapse(reader, ask, labels, int(top))
     return heads
-
-
-def _ends(labels: Tensor) -> tuple[float, float]:
-    """Least and greatest label; of none, beyond those of any others."""
-    if not len(labels):
-        return math.inf, -math.inf
-    least, most = torch.aminmax(labels)
-    return float(least), float(most)
 
 
 def _split_ties(reader: Reader, ask: Ask, labels: Tensor) -> None:

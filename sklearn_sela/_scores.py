@@ -156,12 +156,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
         else:
             torch.set_float32_matmul_precision(precision)
 
-    put("ieee" if each else "highest")
+    wanted = "ieee" if each else "highest"
+    if before != wanted:
+        put(wanted)
+    on = torch.is_autocast_enabled(device.type)
+    cast = torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), cast:
             yield
     finally:
-        put(before)
+        if before != wanted:
+            put(before)
 
 
 def _readable(source: Any) -> Tensor | np.ndarray | Callable[[], Iterator[Any]]:

@@ -240,7 +240,7 @@ def _marginal(
 ) -> tuple[Exact, NDArray[np.bool_]]:
     """What the shares should be, on the clusters that may get any, and which those are."""
     if max_share is None:
-        c = as_shares(cluster_weights, k, "cluster_weights").cpu().numpy()
+        c = as_shares(cluster_weights, k, "cluster_weights")
         used = c > 0
         return (Exact(c[used]) if math.isinf(reg_m) else Relaxed(c[used], reg_m)), used
     if cluster_weights is not None or not math.isinf(reg_m):

@@ -26,7 +26,7 @@ COMPILE: dict[str, Any] = {
     "cache": True,
     "error_model": "numpy",
 }
-STAY = 500_000  # looks, some .3 ms: longer than what a solver does between two reads
+STAY = 1_000_000  # looks, some .5 ms: longer than what a solver does between two reads
 _LOOKS, _PAUSE = 100_000, 2e-4  # at how far the others are, and seconds before it looks again
 _NEXT, _DONE, _LEFT, _COUNTS = 0, 8, 16, 24  # places: each has a line of the cache for itself
 _READ = 1 << 32
@@ -58,6 +58,13 @@ _set = _atomic(_stored)
 
 
 @njit(**COMPILE)
+def _open(counts):  # type: ignore[no-untyped-def]
+    """Free all blocks, for the next read; all of the last are done."""
+    _set(counts, _DONE, 0)
+    _set(counts, _NEXT, (_get(counts, _NEXT, 0) // _READ + 1) * _READ)
+
+
+@njit(**COMPILE)
 def take(counts, n_blocks, looks):  # type: ignore[no-untyped-def]
     """The next block that is free, or -1 when the thread is to leave.
 
@@ -83,23 +90,18 @@ def finish(counts):  # type: ignore[no-untyped-def]
 
 
 @njit(**COMPILE)
-def _open(counts):  # type: ignore[no-untyped-def]
-    """Free all blocks, for the next read; all of the last are done."""
-    _set(counts, _DONE, 0)
-    _set(counts, _NEXT, (_get(counts, _NEXT, 0) // _READ + 1) * _READ)
+def all_done(counts, n_blocks, looks=0):  # type: ignore[no-untyped-def]
+    """Whether all blocks are, which the one that opened the read looks out for a while."""
+    left = 0 if looks else _LOOKS
+    while left > 0 and _get(counts, _DONE, 0) < n_blocks:
+        left -= 1
+    return left > 0
 
 
 @njit(**COMPILE)
 def _close(counts):  # type: ignore[no-untyped-def]
     """Send those away who look out for another read."""
     _set(counts, _NEXT, -_READ)
-
-
-@njit(**COMPILE)
-def _all_done(counts, n_blocks, looks):  # type: ignore[no-untyped-def]
-    while looks > 0 and _get(counts, _DONE, 0) < n_blocks:
-        looks -= 1
-    return looks > 0
 
 
 @functools.cache
@@ -110,6 +112,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 class Threads:
     """Reads by ``kernel(*arguments, counts, looks)``, which takes blocks until it is to leave.
+
+    It returns whether they were ``all_done``.
 
     This thread starts at once and looks out for the end itself: to be woken by another takes as
     long as a few blocks. Others come in when they can, and look ``stay`` times for another read
@@ -134,19 +138,20 @@ class Threads:
             pool, work = _pool(self._n_others), partial(self._kernel, *self._arguments)
             self._others += [pool.submit(work, self._stay) for _ in range(missing)]
             self._n_sent += missing
-        _flushed(self._kernel, *self._arguments, 0)
-        while not _all_done(self._counts, self._n_blocks, _LOOKS):
+        done = _flushed(self._kernel, *self._arguments, 0)
+        while not done:
             for other in self._others:
                 if other.done():
                     other.result()  # its error
             time.sleep(_PAUSE)
+            done = all_done(self._counts, self._n_blocks)
 
     def close(self) -> None:
         """No read follows: threads are free for something else."""
         _close(self._counts)
 
 
-def _flushed(function: Any, *arguments: Any) -> None:
+def _flushed(function: Any, *arguments: Any) -> Any:
     """function(*arguments), tiny numbers being 0 meanwhile.
 
     Squares of small probabilities have no normal float32, at which some processors stop to think:
@@ -155,6 +160,6 @@ def _flushed(function: Any, *arguments: Any) -> None:
     before = bool(_SUBNORMAL * np.float32(1) == 0)
     torch.set_flush_denormal(True)
     try:
-        function(*arguments)
+        return function(*arguments)
     finally:
         torch.set_flush_denormal(before)

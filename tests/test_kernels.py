@@ -167,6 +167,18 @@ def test_scores_too_sharp_for_float32_are_read_in_float64(fused):
     assert reader.dtype == torch.float64
 
 
+def test_reads_of_labels_and_of_sums_may_follow_in_any_order(fused):
+    scores, v = network_scores(6000, 100), potential(100)
+    reader = Reader(Scores(scores), None, REG, 1e-3)
+    expected = (scores + v).argmax(1)
+    for _ in range(3):
+        (found,) = reader.largest([Ask(0, v, REG)])
+        assert (np.asarray(found.labels) == expected).mean() > 0.9999
+        assert (found.least, found.most) == (found.labels.min(), found.labels.max())
+        assert np.abs(read_shares(reader, v) - shares(scores, v)).sum() < 2e-6
+        assert np.abs(read_shares(reader, -v) - shares(scores, -v)).sum() < 2e-6
+
+
 @pytest.mark.parametrize("flushed", [False, True])
 def test_fused_reads_take_tiny_numbers_for_zero_and_leave_the_caller_his_way(threads, flushed):
     tiny = np.array([1e-39], np.float32)
@@ -225,6 +237,7 @@ def test_a_read_ends_when_the_last_thread_has(threads, fails):
         else:
             assert started.wait(60)
         threads.finish(counts)
+        return threads.all_done(counts, 2, looks)
 
     reads = threads.Threads(one_block_each, 2, 2, 1)
     if fails:
@@ -245,6 +258,7 @@ def test_threads_stay_for_the_next_read_and_leave_at_the_end(threads):
             threads.finish(counts)
         if looks:
             left.set()
+        return threads.all_done(counts, 2, looks)
 
     asked = np.zeros(1)
     reads = threads.Threads(kernel, 2, 2, 1 << 62, asked)
@@ -266,6 +280,7 @@ def test_reads_ask_for_others_when_those_before_have_left(threads):
             names.append(threading.current_thread().name)
             both.wait()  # a block each
             threads.finish(counts)
+        return threads.all_done(counts, 2, looks)
 
     reads = threads.Threads(kernel, 2, 2, 1)
     for n_left in range(1, 4):
