@@ -42,16 +42,40 @@ def solve(
 ) -> list[tuple[Vector, int, float]]:
     """(potential on the used clusters, reads, L1 error) of each head, from its start.
 
-    ``marginals`` has what the shares of each head should be, and which clusters it uses.
-
-    The heads' solvers run side by side: each round of asks is one read of the scores.
+    ``marginals`` has what the shares of each head should be, and which clusters it uses. Where
+    fast reads are less exact than ``tol``, they go as far as they can see; exact ones go on.
     """
-    levels = 0 if warm else _levels(reader.spread / reg, max_iter)
+    budgets = [max_iter] * len(starts)
+    if reader.noise > tol:
+        if max_iter > 1:
+            far = [max_iter - 1] * len(starts)
+            rough = _solve(reader, starts, marginals, reg, reader.noise, far, warm)
+            starts, warm = [v for v, _, _ in rough], True
+            budgets = [max_iter - n for _, n, _ in rough]
+        reader.read_exactly()
+    solved = _solve(reader, starts, marginals, reg, tol, budgets, warm)
+    return [
+        (v, max_iter - budget + n, error)
+        for (v, n, error), budget in zip(solved, budgets, strict=True)
+    ]
+
+
+def _solve(
+    reader: Reader,
+    starts: list[Vector],
+    marginals: list[tuple[Exact, NDArray[np.bool_]]],
+    reg: float,
+    tol: float,
+    budgets: list[int],
+    warm: bool,
+) -> list[tuple[Vector, int, float]]:
+    """The heads' solvers run side by side: each round of asks is one read of the scores."""
+    levels = 0 if warm else _levels(reader.spread / reg, min(budgets))
     # A level need not be exact, but where single rows weigh much it must place them too.
     coarse = max(tol, 0.05 if reader.n > 1000 else 0.01)
     solvers = [
-        _anneal(Ask(t, v, reg), *marginal, levels, coarse, tol, max_iter)
-        for t, (v, marginal) in enumerate(zip(starts, marginals, strict=True))
+        _anneal(Ask(t, v, reg), *marginal, levels, coarse, tol, budget)
+        for t, (v, marginal, budget) in enumerate(zip(starts, marginals, budgets, strict=True))
     ]
     asks = {t: next(solver) for t, solver in enumerate(solvers)}
     solved: dict[int, tuple[Vector, int, float]] = {}

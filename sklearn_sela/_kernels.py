@@ -22,9 +22,10 @@ from sklearn_sela._distributed import Shards
 from sklearn_sela._scores import Scores
 
 _CHUNK = 1 << 20  # entries that the torch path works on at a time: bounds temporary memory
+_ON_GPU = 16  # times as many there, where to start on a chunk takes as long as to read it
 _FUSED_FROM = 1 << 18  # entries; below, fused reads are not worth their import
-_FUSED_TOL = 1e-5  # smallest tolerance that sums in float32 can tell
-_ROUNDING = 1e7  # largest exponent over tol that float32 can hold without moving shares by tol
+_ROUNDING = 1e7  # largest exponent over the L1 error of shares that float32 makes of it, at most
+_LEAST_NOISE, _MOST_NOISE = 1e-5, 0.01  # such errors: of any sums; where they are of no use
 _STARVED = float(np.finfo(np.float32).tiny)  # least share, whose log is finite
 _ALONE = Shards()
 _TIE = 1e-6  # entries of the solution closer than this, relatively, are tied
@@ -77,7 +78,7 @@ class Reader:
     scores : Scores
     sample_weight : array-like of shape (n_samples,) or None
     reg, tol : float
-        Of the solve: they decide what precision it needs.
+        Of the solve: they decide what precision plain reads need.
     shards : Shards
         The processes that have the other rows.
 
@@ -91,7 +92,9 @@ class Reader:
         self, scores: Scores, sample_weight: Any, reg: float, tol: float, shards: Shards = _ALONE
     ):
         self.scores, self.k, self.device, self.shards = scores, scores.k, scores.device, shards
-        self._fused = _fused_reads(scores, shards.size) if tol >= _FUSED_TOL else None
+        at_once = _CHUNK if self.device.type == "cpu" else _ON_GPU * _CHUNK
+        self._step = max(1, at_once // self.k)  # rows of a chunk
+        self._fused = _fused_reads(scores, shards.size)
         found, weights, problem = (0.0, 0.0, False), None, None
         try:
             found = self._scan()
@@ -102,28 +105,43 @@ class Reader:
         shards.agree(problem)
         self.n_rows = scores.n
         self.n = int(shards.total(self.n_rows))
-        negative, largest, barred = shards.max(-found[0], *found[1:])
+        fused = self._fused is not None and self.n_rows > 0
+        negative, largest, barred, some_fused = shards.max(-found[0], *found[1:], fused)
         lowest, self._barred = -negative, bool(barred)
         if not math.isfinite(lowest / reg):
             raise ValueError(f"reg={reg!r} is too small for scores that spread over {-lowest:g}.")
         self._floor = lowest - 100 * reg  # stands for -inf: a label of last resort
         self.spread = -(self._floor if self._barred else lowest)
-        if self._barred or largest > _ROUNDING * tol * reg or self.n_rows == 0:
+        noise = max(largest / (_ROUNDING * reg), _LEAST_NOISE)
+        useful = bool(some_fused) and not self._barred and noise <= _MOST_NOISE
+        if not (fused and useful):
             self._fused = None
-        sharp = self.spread > _ROUNDING * tol * reg
+        #: L1 error that the shares may have by fused reads, of any process; 0 if there are none.
+        self.noise = noise if useful else 0.0
         exact = scores.dtype == torch.float64 or not scores.dtype.is_floating_point
-        fine = tol < _FUSED_TOL
+        sharp, fine = self.spread > _ROUNDING * tol * reg, tol < _LEAST_NOISE
         self.dtype = torch.float64 if exact or sharp or fine else torch.float32
         self.uniform, self._w = weights is None, None
         if weights is not None:
             self.r = _scaled(weights, "sample_weight", shards)
             self._w = (self.r * self.n).float()
-        # Small matrices are cleaned once and kept, large ones a chunk at a time in each read.
         self._kept: list[Tensor] = []
-        small = 0 < self.n_rows * self.k * scores.n_heads <= _CHUNK
-        if self._fused is None and scores.whole() and small:
-            ((_, tiles),) = scores.blocks(list(range(scores.n_heads)))
+        if self._fused is None:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Small matrices are cleaned once, large ones a chunk at a time in each read."""
+        heads = list(range(self.scores.n_heads))
+        if self.scores.whole() and 0 < self.n_rows * self.k * len(heads) <= _CHUNK:
+            ((_, tiles),) = self.scores.blocks(heads)
             self._kept = [self._clean(tile) for tile in tiles]
+
+    def read_exactly(self) -> None:
+        """By plain reads from here on."""
+        if self._fused is not None:
+            self._fused = None
+            self._keep()
+        self.noise = 0.0
 
     @cached_property
     def r(self) -> Tensor:
@@ -193,29 +211,28 @@ class Reader:
     def solution_of(self, ask: Ask, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, q) of the rows chosen by a mask, (n,), a chunk at a time."""
         for rows, (tile,) in self._tiles([ask]):
-            for own in torch.nonzero(chosen[rows]).flatten().split(max(1, _CHUNK // self.k)):
+            for own in torch.nonzero(chosen[rows]).flatten().split(self._step):
                 if len(own):
                     yield own + rows.start, self._shifted(self._clean(tile[own]), ask).softmax(1)
 
     def largest(self, asks: list[Ask]) -> list[Largest]:
         """For each head the largest entry of each row of q; -1 less it where there are ties."""
-        found: list[list[Any]] = [[] for _ in asks]
+        found: list[list[Largest]] = [[] for _ in asks]
         for rows, tiles in self._tiles(asks):
             for parts, ask, tile in zip(found, asks, tiles, strict=True):
-                if self._fused is not None and (part := self._fused.largest(tile, ask, _TIE)):
-                    parts.append(part)
-                else:
-                    parts += self._largest(ask, tile, rows)
-        return [Largest(*parts[0]) if len(parts) == 1 else self._joined(parts) for parts in found]
+                fused = None if self._fused is None else self._fused.largest(tile, ask, _TIE)
+                parts.append(Largest(*(fused or self._largest(ask, tile, rows))))
+        return [parts[0] if len(parts) == 1 else self._joined(parts) for parts in found]
 
-    def _largest(self, ask: Ask, tile: Tensor, rows: slice) -> Iterator[Any]:
-        for _, z in self._exponents(tile, rows, ask):
+    def _largest(self, ask: Ask, tile: Tensor, rows: slice) -> tuple[Tensor, float, float]:
+        labels = torch.empty(len(tile), dtype=torch.int64, device=self.device)
+        for part, z in self._exponents(tile, rows, ask):
             top, best = z.max(1)
             tied = (z >= top[:, None] - _TIE).sum(1) > 1
-            labels = best.where(~tied, -1 - best)
-            yield labels, *ends(labels)
+            labels[part.start - rows.start : part.stop - rows.start] = best.where(~tied, -1 - best)
+        return labels, *ends(labels)
 
-    def _joined(self, parts: list[Any]) -> Largest:
+    def _joined(self, parts: list[Largest]) -> Largest:
         """Of all rows, of which there may be none."""
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         labels, least, most = zip((none, *ends(none)), *parts, strict=True)
@@ -230,8 +247,9 @@ class Reader:
         lowest, largest, barred = 0.0, 0.0, False
         for _, tiles in self.scores.blocks(heads):
             for head, tile in zip(heads, tiles, strict=True):
-                found = None if self._fused is None else self._fused.scan(tile, head)
-                spread, magnitude, bars = _scan_tile(tile) if found is None else (*found, False)
+                fused = None if self._fused is None else self._fused.scan(tile, head)
+                found = _scan_tile(tile, self._step) if fused is None else (*fused, False)
+                spread, magnitude, bars = found
                 lowest, largest = min(lowest, -spread), max(largest, magnitude)
                 barred |= bars
         return lowest, largest, barred
@@ -246,13 +264,13 @@ class Reader:
 
     def _exponents(self, tile: Tensor, rows: slice, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
         """(rows, (s + v) / reg), whose softmax is the solution, a chunk at a time."""
-        step = max(1, _CHUNK // self.k)
-        for start in range(0, len(tile), step):
-            part = slice(rows.start + start, min(rows.start + start + step, rows.stop))
+        for start in range(0, len(tile), self._step):
+            stop = min(start + self._step, len(tile))
+            part = slice(rows.start + start, rows.start + stop)
             if self._kept:
                 yield part, self._shifted(self._kept[ask.head][part].clone(), ask)
             else:
-                yield part, self._shifted(self._clean(tile[start : start + step]), ask)
+                yield part, self._shifted(self._clean(tile[start:stop]), ask)
 
     def _shifted(self, clean: Tensor, ask: Ask) -> Tensor:
         """(s + v) / reg, in place of clean scores s."""
@@ -293,10 +311,10 @@ def _weights(weights: Any, size: int, name: str, device: torch.device | None = N
     return w
 
 
-def _scan_tile(tile: Tensor) -> tuple[float, float, bool]:
+def _scan_tile(tile: Tensor, step: int) -> tuple[float, float, bool]:
     """(widest row, largest magnitude, whether -inf occurs), of finite entries."""
     widest, largest, barred = 0.0, 0.0, False
-    for part in tile.split(max(1, _CHUNK // tile.shape[1])):
+    for part in tile.split(step):
         if not part.is_floating_point():
             part = part.double()
         elif part.dtype.itemsize < 4:

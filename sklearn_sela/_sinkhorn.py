@@ -50,7 +50,7 @@ def sinkhorn_labels(
     reg_m: float = math.inf,
     max_share: Any = None,
     exact_sizes: bool = False,
-    tol: float = 3e-4,
+    tol: float = 1e-4,
     max_iter: int = 1000,
     potential: Any = None,
     return_assignment: bool = False,
@@ -111,7 +111,7 @@ def sinkhorn_labels(
         ``n_samples`` times the shares, rounded to whole samples (equal sizes differ by one at
         most); with ``max_share``, sizes within the bounds, rounded up where need be.
         ``rounding_cost`` says at what cost.
-    tol : float, default=3e-4
+    tol : float, default=1e-4
         Stop once the L1 distance of the cluster shares from their optimum is at most this. At
         the default, labels of real scores agree with exact ones in all but 1 row in 1,000.
     max_iter : int, default=1000

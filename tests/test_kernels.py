@@ -179,6 +179,35 @@ def test_reads_of_labels_and_of_sums_may_follow_in_any_order(fused):
         assert np.abs(read_shares(reader, -v) - shares(scores, -v)).sum() < 2e-6
 
 
+@pytest.mark.parametrize(("scale", "tol"), [(20, 1e-4), (3, 1e-7)])
+def test_what_float32_cannot_tell_is_left_to_a_few_exact_reads(fused, scale, tol, monkeypatch):
+    scores, exact = scale * network_scores(3000, 100), []
+    plain_read = Reader._plain_read
+
+    def counted(self, *args):
+        exact.append(self.dtype)
+        return plain_read(self, *args)
+
+    monkeypatch.setattr(Reader, "_plain_read", counted)
+    result = sinkhorn_labels(scores, tol=tol)
+    assert result.converged
+    m = shares(scores, result.potential)
+    assert np.abs(m - 0.01).sum() == pytest.approx(result.marginal_error, abs=1e-9)
+    assert set(exact) == {torch.float64}
+    assert len(exact) < result.n_iter / 2
+
+
+def test_reads_are_counted_over_fast_and_exact_ones(fused):
+    scores = 20 * network_scores(3000, 100)
+    whole = sinkhorn_labels(scores).n_iter
+    for max_iter in (1, 2, whole - 1):
+        result = sinkhorn_labels(scores, max_iter=max_iter, warn=False)
+        assert result.n_iter <= max_iter
+        error = np.abs(shares(scores, result.potential) - 0.01).sum()
+        assert result.marginal_error == pytest.approx(error, abs=1e-9)
+    assert sinkhorn_labels(scores, max_iter=whole).converged
+
+
 @pytest.mark.parametrize("flushed", [False, True])
 def test_fused_reads_take_tiny_numbers_for_zero_and_leave_the_caller_his_way(threads, flushed):
     tiny = np.array([1e-39], np.float32)
