@@ -75,18 +75,19 @@ class FusedReads:
     """The read that every iteration makes; what is read once or twice is left to torch."""
 
     def __init__(self, scores: Scores):
-        del scores  # nothing is kept from one read to the next
+        self._device = scores.device
 
     def scan(self, tile: Tensor, head: int) -> None:
         """Left to torch."""
 
     def column_sums(self, ask: Any, weight: Tensor | None, n: int) -> Callable[..., Tensor]:
         """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, over n."""
-        a, g = ask.powers()
+        a, powers = ask.powers()
+        g = torch.from_numpy(powers).to(self._device)
 
         def read(tile: Tensor, rows: slice) -> Tensor:
             w = None if weight is None else weight[rows]
-            return column_sums(tile, a, torch.from_numpy(g).to(tile.device), w) / n
+            return column_sums(tile, a, g, w) / n
 
         return read
 
