@@ -41,7 +41,7 @@ from sklearn_sela._threads import COMPILE, STAY, Threads, all_done, finish, take
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
 _AHEAD = 2048  # entries between what is read and what is asked for
-_TOGETHER = 1 << 19  # entries, from which on other threads are worth waking
+_TOGETHER = 1 << 19  # entries from which on other threads are worth waking; half if they stay
 _TOO_FAR = 60.0  # for exponents of two to move between two reads, whose offsets are then no use
 _LOG2E = math.log2(math.e)
 _F = np.float32
@@ -304,7 +304,8 @@ class _Rows:
         self.weighted = weight is not None
         w = np.empty(0, np.float32) if weight is None else weight.numpy()
         contiguous = scores.dtype == np.float32 and scores.strides[1] == 4
-        n_threads = torch.get_num_threads() if n * k >= _TOGETHER else 1
+        together = n * k >= (_TOGETHER if stay == 1 else _TOGETHER // 2)
+        n_threads = torch.get_num_threads() if together else 1
         rest = w, offsets, self.found, self.labels, None if contiguous else True
         self._threads = Threads(read, n_blocks, n_threads, stay, scores, self._v, self._how, *rest)
 
