@@ -149,8 +149,9 @@ def sinkhorn_labels(
 
     Notes
     -----
-    Large problems on a CPU are solved 6 to 10 times as fast where numba is installed (the
+    Large problems on a CPU are solved 6 to 30 times as fast where numba is installed (the
     extra ``fast``), on a GPU where triton is. Results do not depend on the number of threads.
+    Fast reads are in single precision: where that cannot tell ``tol``, exact ones go on.
 
     References
     ----------
