@@ -198,22 +198,18 @@ class Reader:
                 value += float((r * z.logsumexp(1).double()).sum())
         return (sums,) if gram is None else (sums, value, gram)
 
-    def exponents(self, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, (s + v) / reg less a number per row), a chunk at a time."""
-        for rows, (tile,) in self._tiles([ask]):
-            yield from self._exponents(tile, rows, ask)
-
     def solution(self, ask: Ask) -> Iterator[tuple[slice, Tensor]]:
         """(rows, q), a chunk at a time."""
-        for rows, z in self.exponents(ask):
-            yield rows, z.softmax(1)
+        for rows, (tile,) in self._tiles([ask]):
+            for part, z in self._exponents(tile, rows, ask):
+                yield part, z.softmax(1)
 
-    def solution_of(self, ask: Ask, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, q) of the rows chosen by a mask, (n,), a chunk at a time."""
+    def exponents_of(self, ask: Ask, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, (s + v) / reg less a number per row) of rows chosen by a mask, (n_rows,)."""
         for rows, (tile,) in self._tiles([ask]):
             for own in torch.nonzero(chosen[rows]).flatten().split(self._step):
                 if len(own):
-                    yield own + rows.start, self._shifted(self._clean(tile[own]), ask).softmax(1)
+                    yield own + rows.start, self._shifted(self._clean(tile[own]), ask)
 
     def largest(self, asks: list[Ask]) -> list[Largest]:
         """For each head the largest entry of each row of q; -1 less it where there are ties."""

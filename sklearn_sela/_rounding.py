@@ -43,7 +43,8 @@ def _split_ties(reader: Reader, ask: Ask, labels: Tensor) -> None:
     Any group of like rows is so divided in proportion to its solution.
     """
     turn = 0
-    for rows, q in reader.solution_of(ask, labels < 0):
+    for rows, z in reader.exponents_of(ask, labels < 0):
+        q = z.softmax(1)
         near = q * (q >= q.amax(1, keepdim=True) * (1 - 1e-6))
         order = torch.arange(turn, turn + len(rows), device=q.device, dtype=torch.float64)
         labels[rows] = _draw(near, (0.5 + order * _GOLDEN) % 1.0)
@@ -114,13 +115,11 @@ def _best_moves(
     reader: Reader, ask: Ask, labels: Tensor, room: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row, cluster with room that costs it least, the cost), for rows of overfull clusters."""
-    found = []
-    for part, z in reader.exponents(ask):
-        rows = torch.nonzero(room[labels[part]] < 0).flatten()
-        z = z[rows]
-        best, to = z.masked_fill(room <= 0, -torch.inf).max(1)
-        own = z.gather(1, labels[rows + part.start, None])[:, 0]
-        found.append((rows + part.start, to, (own - best).clamp_min(0) * ask.reg))
+    found, full = [], room <= 0
+    for rows, z in reader.exponents_of(ask, (room < 0)[labels]):
+        own = z.gather(1, labels[rows, None])[:, 0]
+        best, to = z.masked_fill_(full, -torch.inf).max(1)
+        found.append((rows, to, (own - best).clamp_min(0) * ask.reg))
     rows, to, loss = (torch.cat(columns) for columns in zip(*found, strict=True))
     return rows, to, loss
 

@@ -416,13 +416,13 @@ def test_gpu_and_cpu_give_the_same_labels(dtype):
 
 
 @pytest.mark.parametrize("n", [50, 5000])
-def test_solution_of_some_rows_is_that_of_all_at_them(n):
+def test_exponents_of_some_rows_make_the_solution_of_all_at_them(n):
     scores = network_scores(n, 80)
     reader = Reader(Scores(torch.from_numpy(scores)), None, 0.2, 1e-3)
     ask = Ask(0, np.linspace(-1, 1, 80), 0.2)
     chosen = torch.arange(n) % 7 == 3
-    rows, q = (torch.cat(parts) for parts in zip(*reader.solution_of(ask, chosen), strict=True))
+    rows, z = (torch.cat(parts) for parts in zip(*reader.exponents_of(ask, chosen), strict=True))
     whole = torch.cat([part for _, part in reader.solution(ask)])
     assert rows.tolist() == torch.nonzero(chosen).flatten().tolist()
-    torch.testing.assert_close(q, whole[rows])
-    assert not list(reader.solution_of(ask, torch.zeros(n, dtype=torch.bool)))
+    torch.testing.assert_close(z.softmax(1), whole[rows])
+    assert not list(reader.exponents_of(ask, torch.zeros(n, dtype=torch.bool)))
