@@ -26,7 +26,7 @@ _NEWTON_STEPS = 4  # that finish a solve, about
 _NEWTON_MAX = 1024  # clusters; beyond, its K x K systems cost more than they save
 _SCALING = 4.0  # factor between two levels of entropic regularisation
 _SPREAD = 64.0  # of the scores, in units of reg, that one level can do with
-_LEVEL_ITER = 100  # most reads of a level but the last
+_LEVEL_ITER = 100  # most reads of a level but the last, and before exact ones
 
 Solver = Generator[Ask, Sums, tuple[Vector, int, float]]
 
@@ -43,12 +43,14 @@ def solve(
     """(potential on the used clusters, reads, L1 error) of each head, from its start.
 
     ``marginals`` has what the shares of each head should be, and which clusters it uses. Where
-    fast reads are less exact than ``tol``, they go as far as they can see; exact ones go on.
+    fast reads are less exact than ``tol``, they go as far as they can see; exact ones go on,
+    and are those of the reader from then on.
     """
     budgets = [max_iter] * len(starts)
     if reader.noise > tol:
         if max_iter > 1:
-            far = [max_iter - 1] * len(starts)
+            # Where they make no way, exact ones still can.
+            far = [min(max_iter - 1, _LEVEL_ITER)] * len(starts)
             rough = _solve(reader, starts, marginals, reg, reader.noise, far, warm)
             starts, warm = [v for v, _, _ in rough], True
             budgets = [max_iter - n for _, n, _ in rough]

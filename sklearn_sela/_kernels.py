@@ -25,7 +25,7 @@ _CHUNK = 1 << 20  # entries that the torch path works on at a time: bounds tempo
 _ON_GPU = 16  # times as many there, where to start on a chunk takes as long as to read it
 _FUSED_FROM = 1 << 18  # entries; below, fused reads are not worth their import
 _ROUNDING = 1e7  # largest exponent over the L1 error of shares that float32 makes of it, at most
-_LEAST_NOISE, _MOST_NOISE = 1e-5, 0.01  # such errors: of any sums; where they are of no use
+_LEAST_NOISE, _MOST_NOISE = 1e-5, 0.01  # such errors: of any sums; of use for less than it
 _STARVED = float(np.finfo(np.float32).tiny)  # least share, whose log is finite
 _ALONE = Shards()
 _TIE = 1e-6  # entries of the solution closer than this, relatively, are tied
@@ -38,11 +38,6 @@ class Ask(NamedTuple):
     v: NDArray[np.float64]  # potential, (K,); -inf for clusters that get nothing
     reg: float
     gram: bool = False
-
-    def powers(self) -> tuple[float, NDArray[np.float32]]:
-        """(a, g) such that q is proportional to 2 ** (a * s + g); g (K,)."""
-        scale = math.log2(math.e) / self.reg
-        return scale, np.maximum(self.v * scale, -1e30).astype(np.float32)
 
 
 class Sums(NamedTuple):
@@ -113,7 +108,7 @@ class Reader:
         self._floor = lowest - 100 * reg  # stands for -inf: a label of last resort
         self.spread = -(self._floor if self._barred else lowest)
         noise = max(largest / (_ROUNDING * reg), _LEAST_NOISE)
-        useful = bool(some_fused) and not self._barred and noise <= _MOST_NOISE
+        useful = bool(some_fused) and not self._barred and noise <= max(tol, _MOST_NOISE)
         if not (fused and useful):
             self._fused = None
         #: L1 error that the shares may have by fused reads, of any process; 0 if there are none.

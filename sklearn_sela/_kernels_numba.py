@@ -310,7 +310,8 @@ class _Rows:
         self._threads = Threads(read, n_blocks, n_threads, stay, scores, self._v, self._how, *rest)
 
     def read(self, what: int, v: Any, a: float, last: _Last, tie: float = 0.0) -> None:
-        self._v[0], self._v[1] = v, last.v
+        np.maximum(v, _NOTHING, out=self._v[0])  # infinity is no number to compiled code
+        np.maximum(last.v, _NOTHING, out=self._v[1])
         self._how[:] = what, a, last.a, last.off, tie
         self._threads.read()
 
@@ -324,10 +325,9 @@ class FusedReads:
     def __init__(self, scores: Scores):
         self._offsets: list[Any] = [[] for _ in range(scores.n_heads)]  # of each row's exponents
         self._last = [_Last(np.zeros(scores.k))] * scores.n_heads
-        # Of matrices in memory, which are the same at each read. Threads that stay for one
-        # head's next read would not be there for another's.
-        self._kept: dict[int, _Rows] = {}
+        self._kept: dict[int, _Rows] = {}  # of matrices in memory, the same at each read
         self._whole = scores.whole()
+        # Threads that stay for one head's next read would not be there for another's.
         self._stay = STAY if self._whole and scores.n_heads == 1 else 1
 
     def scan(self, tile: Tensor, head: int) -> tuple[float, float] | None:
@@ -365,11 +365,11 @@ class FusedReads:
         return torch.from_numpy(rows.labels), float(least.min()), float(most.max())
 
     def _rows(self, tile: Tensor, head: int, weight: Tensor | None, offsets: Any) -> _Rows:
-        kept = self._kept.get(head)
-        if kept is not None:
-            if weight is None or kept.weighted:
-                return kept
-            kept.close()  # scanned before weights were known
+        known = self._kept.get(head)
+        if known is not None:
+            if weight is None or known.weighted:
+                return known
+            known.close()  # scanned before weights were known
         rows = _Rows(tile, weight, offsets, self._stay)
         if self._whole:
             self._kept[head] = rows

@@ -6,9 +6,11 @@ is written is two rows of sums a program.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from torch import Tensor
 from sklearn_sela._scores import Scores
 
 WIDEST = 1 << 14  # columns whose sums one program can hold
+_NOTHING = -1e30  # power of a cluster that gets nothing
 _TILE = 1 << 12  # entries that a program works on at a time
 _PER_PROCESSOR = 4  # programs a streaming multiprocessor: enough to hide the memory's latency
 
@@ -82,7 +85,8 @@ class FusedReads:
 
     def column_sums(self, ask: Any, weight: Tensor | None, n: int) -> Callable[..., Tensor]:
         """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, over n."""
-        a, powers = ask.powers()
+        a = math.log2(math.e) / ask.reg
+        powers = np.maximum(ask.v * a, _NOTHING).astype(np.float32)
         g = torch.from_numpy(powers).to(self._device)
 
         def read(tile: Tensor, rows: slice) -> Tensor:

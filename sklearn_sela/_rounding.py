@@ -60,7 +60,7 @@ def _split_collapse(reader: Reader, ask: Ask, labels: Tensor, top: int) -> None:
     live = torch.nonzero(reader.r > 0).flatten()
     if not len(live):  # all are elsewhere
         return
-    sure = torch.cat([q[:, top] for _, q in reader.solution(ask)])[live]
+    sure = torch.cat([q[:, top].clone() for _, q in reader.solution(ask)])[live]
     u = torch.zeros_like(reader.r)
     ranks = (torch.arange(len(live), device=u.device).to(u) + 0.5) / len(live)
     u[live[sure.argsort(descending=True)]] = ranks

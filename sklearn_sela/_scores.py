@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 22  # entries in memory at a time, of scores formed from features
-_ON_GPU = 16  # times as many there, where a read of a block takes no longer than its start
+_BLOCK = 1 << 22  # entries in memory at a time, of a head's scores formed from features
+_ON_GPU = 16  # times as many there, of all heads: a read of less takes no longer than its start
 _COPIED = 1 << 20  # of a file
 
 
@@ -85,7 +85,7 @@ class Scores:
                 continue
             if 0 < self.n < start + n:  # kernels keep a place for known rows only
                 raise self._other_rows(f"{start + n} or more")
-            formed = _BLOCK if self.device.type == "cpu" else _ON_GPU * _BLOCK
+            formed = _BLOCK if self.device.type == "cpu" else _ON_GPU * _BLOCK // len(heads)
             step = max(1, formed // max(self.k, self.width))
             for part in [block] if self.heads is None else block.split(step):
                 rows = slice(start, start + part.shape[0])

@@ -76,7 +76,7 @@ def take(counts, n_blocks, looks):  # type: ignore[no-untyped-def]
             break
         if free % _READ < n_blocks:
             taken = _add(counts, _NEXT, 1)
-            if taken % _READ < n_blocks:
+            if taken >= 0 and taken % _READ < n_blocks:  # it may have been closed meanwhile
                 return taken % _READ
     if looks:
         _add(counts, _LEFT, 1)

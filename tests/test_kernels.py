@@ -320,6 +320,36 @@ def test_reads_ask_for_others_when_those_before_have_left(threads):
     assert names.count(threading.current_thread().name) == 3
 
 
+def test_a_thread_that_is_late_gets_no_block_of_a_closed_read(threads, monkeypatch):
+    counts = np.zeros(threads._COUNTS, np.int64)
+
+    def closed_after_it_looked(counts, which, number):
+        free = counts[which]
+        counts[threads._NEXT] = -threads._READ
+        return free
+
+    def added(counts, which, number):
+        counts[which] += number
+        return counts[which] - number
+
+    monkeypatch.setattr(threads, "_get", closed_after_it_looked)
+    monkeypatch.setattr(threads, "_add", added)
+    assert threads.take.py_func(counts, 5, 1) == -1
+    assert counts[threads._LEFT] == 1
+
+
+@pytest.mark.parametrize(("n", "scale"), [(260, 20), (1000, 20)])
+def test_where_fused_reads_make_no_way_exact_ones_do(fused, n, scale):
+    scores = scale * network_scores(n, 1100)  # of fewer rows than clusters, and sharp
+    assert sinkhorn_labels(scores, max_share=0.0012).converged
+
+
+def test_loose_tolerances_keep_fused_reads(fused):
+    scores = 300 * network_scores(6000, 100)
+    assert Reader(Scores(scores), None, REG, 0.05)._fused is not None
+    assert Reader(Scores(scores), None, REG, 1e-4)._fused is None
+
+
 def test_sums_are_right_however_soon_the_next_are_asked_for(fused):
     scores = network_scores(20_000, 50)
     potentials = [potential(50, seed=seed) for seed in range(20)]
