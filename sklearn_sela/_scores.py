@@ -158,17 +158,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
         else:
             torch.set_float32_matmul_precision(precision)
 
-    wanted = "ieee" if each else "highest"
-    if before != wanted:
-        put(wanted)
-    on = torch.is_autocast_enabled(device.type)
-    cast = torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+    put("ieee" if each else "highest")
     try:
-        with torch.no_grad(), cast:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if before != wanted:
-            put(before)
+        put(before)
 
 
 def _readable(source: Any) -> Tensor | np.ndarray | Callable[[], Iterator[Any]]:
