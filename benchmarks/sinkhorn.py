@@ -18,6 +18,7 @@ iteration reaches. On a GPU the table has the paper's own size too, in float32 a
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
@@ -326,11 +327,12 @@ def update() -> None:
     def reads(scores: torch.Tensor, method: str) -> int | None:
         reader, k = Reader(Scores(scores), None, REG, TOL), scores.shape[1]
         marginal, used = _descent.Exact(np.full(k, 1 / k)), np.ones(k, dtype=bool)
+        problem = _descent._Problem(marginal, used, math.inf)
         start = Ask(0, np.zeros(k), REG)
         if method == "Newton":
-            solver = _descent._newton(start, marginal, used, TOL, 1000)
+            solver = _descent._newton(start, problem, TOL, 1000)
         elif method == "ours":
-            solver = _descent._descend(start, marginal, used, TOL, 1000)
+            solver = _descent._descend(start, problem, TOL, 1000)
         else:
             factor = {"Sinkhorn": 1.0, "over-relaxed by 1.5": 1.5}[method]
             for n in range(1, 1001):

@@ -7,7 +7,6 @@ that is done between two reads is on vectors of one number per cluster.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Generator
 from typing import NamedTuple
 
@@ -22,13 +21,23 @@ _MEMORY = 5  # earlier iterates that an accelerated step combines
 _RIDGE = 1e-5  # of the combination, relative to the residual
 _PATIENCE = 8  # reads between two looks at how fast the error falls
 _DAMPING = 1e-10  # least of a Newton step, below which its system may be singular
-_NEWTON_STEPS = 4  # that finish a solve, about
+_NEWTON_STEPS = 4  # that finish a solve, about, each a read with the Gram matrix
 _NEWTON_MAX = 1024  # clusters; beyond, its K x K systems cost more than they save
 _SCALING = 4.0  # factor between two levels of entropic regularisation
 _SPREAD = 64.0  # of the scores, in units of reg, that one level can do with
+_COARSE, _FINE = 0.1, 0.01  # L1 errors at which a level but the last is done with
+_FEW, _FEW_EACH = 1000, 4  # rows, and a cluster, up to which it is the finer: single ones matter
 _LEVEL_ITER = 100  # most reads of a level but the last, and before exact ones
 
 Solver = Generator[Ask, Sums, tuple[Vector, int, float]]
+
+
+class _Problem(NamedTuple):
+    """Of one head."""
+
+    marginal: Exact  # what the shares of the clusters used should be
+    used: NDArray[np.bool_]
+    newton: float  # reads that Newton steps to the end take as long as, about
 
 
 def solve(
@@ -73,10 +82,11 @@ def _solve(
 ) -> list[tuple[Vector, int, float]]:
     """The heads' solvers run side by side: each round of asks is one read of the scores."""
     levels = 0 if warm else _levels(reader.spread / reg, min(budgets))
-    # A level need not be exact, but where single rows weigh much it must place them too.
-    coarse = max(tol, 0.05 if reader.n > 1000 else 0.01)
+    newton = _NEWTON_STEPS * reader.gram_cost if reader.k <= _NEWTON_MAX else math.inf
+    few = reader.n <= max(_FEW, _FEW_EACH * reader.k)
+    coarse = max(tol, _FINE if few else _COARSE)
     solvers = [
-        _anneal(Ask(t, v, reg), *marginal, levels, coarse, tol, budget)
+        _anneal(Ask(t, v, reg), _Problem(*marginal, newton), levels, coarse, tol, budget)
         for t, (v, marginal, budget) in enumerate(zip(starts, marginals, budgets, strict=True))
     ]
     asks = {t: next(solver) for t, solver in enumerate(solvers)}
@@ -92,27 +102,22 @@ def _solve(
 
 
 def _anneal(
-    start: Ask,
-    marginal: Exact,
-    used: NDArray[np.bool_],
-    levels: int,
-    coarse: float,
-    tol: float,
-    max_iter: int,
+    start: Ask, problem: _Problem, levels: int, coarse: float, tol: float, max_iter: int
 ) -> Solver:
     """Approach a sharp problem through a falling sequence of reg; plain ones have one level."""
-    v, n_iter, error = start.v, 0, math.inf
-    for level in reversed(range(levels + 1)):
-        last = level == 0
-        budget = max_iter - n_iter if last else min(_LEVEL_ITER, max_iter - n_iter - level)
+    v, n_iter = start.v, 0
+    for level in range(levels, 0, -1):
         here = start._replace(v=v, reg=start.reg * _SCALING**level)
-        v, n, error = yield from _descend(here, marginal, used, tol if last else coarse, budget)
+        budget = min(_LEVEL_ITER, max_iter - n_iter - level)
+        v, n, _ = yield from _descend(here, problem, coarse, budget, go_on=True)
         n_iter += n
-    return v, n_iter, error
+    here = start._replace(v=v)
+    v, n, error = yield from _descend(here, problem, tol, max_iter - n_iter)
+    return v, n_iter + n, error
 
 
 def _descend(
-    start: Ask, marginal: Exact, used: NDArray[np.bool_], tol: float, max_iter: int
+    start: Ask, problem: _Problem, tol: float, max_iter: int, go_on: bool = False
 ) -> Solver:
     """Minimise the convex semi-dual
 
@@ -125,12 +130,12 @@ def _descend(
     a failure the plain step follows, from the last point trusted. Where even that crawls (sharp
     problems, in which rows change cluster one at a time), damped Newton steps finish.
 
-    A generator: yields where it wants to know the sums over the rows, and is sent them.
+    A generator: yields where it wants to know the sums over the rows, and is sent them. Ends at
+    the best point seen, or, to ``go_on`` elsewhere, at the one that it would try next.
     """
-    reg, v, weight = start.reg, start.v, np.sqrt(marginal.c)
-    memory: deque[tuple[Vector, Vector]] = deque(maxlen=_MEMORY + 1)
-    best_v, best, trusted, plain = v, math.inf, math.inf, True
-    checked = math.inf
+    marginal, used, newton = problem
+    reg, v, path = start.reg, start.v, _Path(np.sqrt(marginal.c))
+    best_v, best, checked = v, math.inf, math.inf
     for n in range(1, max_iter + 1):
         sums = yield start._replace(v=in_all(v, used))
         m = sums.m[used]
@@ -138,39 +143,70 @@ def _descend(
         error = float(np.abs(m - target).sum())
         if error < best:
             best_v, best = v, error
-        if best <= tol or n == max_iter:
+        done = best <= tol or n == max_iter
+        if done and not go_on:
             break
-        if n % _PATIENCE == 0 and len(v) <= _NEWTON_MAX:
+        if n % _PATIENCE == 0 and newton < math.inf and not done:
             rate = math.log(checked / best) / _PATIENCE
-            if math.log(best / tol) > rate * _NEWTON_STEPS * (2 + len(v) / 32):
+            if math.log(best / tol) > rate * newton:
                 here = start._replace(v=best_v)
-                v, extra, error = yield from _newton(here, marginal, used, tol, max_iter - n)
+                v, extra, error = yield from _newton(here, problem, tol, max_iter - n)
                 return (v, n + extra, error) if error < best else (best_v, n + extra, best)
             checked = best
-        if error <= trusted or plain:
-            trusted = error
-            memory.append((v, marginal.step(v, m, target, sums.squares[used], reg) - v))
-        else:  # the acceleration overshot: on from the last point trusted
-            last = memory.pop()
-            memory.clear()
-            memory.append(last)
-        v, plain = _accelerated(memory, weight), len(memory) == 1
-        v = marginal.clip(v)
+        if path.trusts(error):
+            path.add(v, marginal.step(v, m, target, sums.squares[used], reg) - v, error)
+        v = marginal.clip(path.next())
+        if done:
+            return v, n, best
     return best_v, n, best
 
 
-def _accelerated(memory: deque[tuple[Vector, Vector]], weight: Vector) -> Vector:
-    """Anderson's combination of (point, residual) pairs, the last plus its residual if alone."""
-    v, g = memory[-1]
-    if len(memory) == 1:
-        return v + g
-    points, residuals = (np.array(vectors) for vectors in zip(*memory, strict=True))
-    dv, dg = points[1:] - points[:-1], residuals[1:] - residuals[:-1]
-    # A ridge: residuals that hardly change (starved clusters) call for no giant leap.
-    n, b = len(dg), weight * g
-    system = np.concatenate([(weight * dg).T, _RIDGE * math.sqrt(b @ b) * np.eye(n)])
-    _, mix, _ = lapack.dgels(system, np.concatenate([b, np.zeros(n)]))
-    return v + g - mix[:n] @ (dv + dg)
+class _Path:
+    """The last points and their residuals, of which Anderson's method makes the next point.
+
+    Residuals are compared in the norm of a ``weight`` per cluster.
+    """
+
+    def __init__(self, weight: Vector):
+        k = len(weight)
+        self._weight, self._error = weight, math.inf
+        # Of each point but the first, what changed since the one before: its residual, weighted,
+        # with room for a ridge, and the point and its residual together.
+        self._changes, self._moves = np.zeros((_MEMORY, k + _MEMORY)), np.empty((_MEMORY, k))
+        self._v = self._g = np.empty(0)
+        self._n = 0  # points since the path began
+
+    def trusts(self, error: float) -> bool:
+        """Whether it goes on from a point of this error; if not, back to the last one, anew.
+
+        What a plain step leads to is always trusted.
+        """
+        trusted = error <= self._error or self._n <= 1
+        if not trusted:
+            self._n = 1
+        return trusted
+
+    def add(self, v: Vector, g: Vector, error: float) -> None:
+        """A point, its residual (what a plain step adds to it) and error."""
+        if self._n:
+            i, change = (self._n - 1) % _MEMORY, g - self._g
+            self._changes[i, : len(v)] = self._weight * change
+            self._moves[i] = v - self._v + change
+        self._v, self._g, self._error = v, g, error
+        self._n += 1
+
+    def next(self) -> Vector:
+        """The last point and its residual, less the changes of both that cancel the latter best."""
+        v, n = self._v + self._g, min(self._n - 1, _MEMORY)
+        if n == 0:
+            return v
+        k, residual = len(v), np.zeros(len(v) + _MEMORY)
+        residual[:k] = self._weight * self._g
+        system = self._changes[:n].copy()
+        # A ridge: residuals that hardly change (starved clusters) call for no giant leap.
+        system.ravel()[k :: k + _MEMORY + 1] = _RIDGE * math.sqrt(residual @ residual)
+        _, mix, _ = lapack.dgels(system.T, residual, overwrite_a=True, overwrite_b=True)
+        return v - mix[:n] @ self._moves[:n]
 
 
 class _Point(NamedTuple):
@@ -184,10 +220,9 @@ class _Point(NamedTuple):
     gram: NDArray[np.float64]
 
 
-def _newton(
-    start: Ask, marginal: Exact, used: NDArray[np.bool_], tol: float, max_iter: int
-) -> Solver:
+def _newton(start: Ask, problem: _Problem, tol: float, max_iter: int) -> Solver:
     """Newton steps with Levenberg-Marquardt damping, kept only when they improve."""
+    marginal, used, _ = problem
 
     def at(v: Vector) -> Generator[Ask, Sums, _Point]:
         sums = yield start._replace(v=in_all(v, used), gram=True)

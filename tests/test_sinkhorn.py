@@ -820,7 +820,7 @@ def test_unusable_scores_raise_and_are_named(scores, message):
         sinkhorn_labels(scores, reg=0.01)
 
 
-@pytest.mark.parametrize("max_iter", [1, 2, 3, 7])
+@pytest.mark.parametrize("max_iter", [1, 2, 3, 6])
 def test_too_few_iterations_warn_and_still_label(max_iter):
     scores = 1000 * np.random.default_rng(16).normal(size=(40, 4))
     with pytest.warns(ConvergenceWarning, match=f"max_iter={max_iter} with marginal error"):
