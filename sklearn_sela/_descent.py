@@ -12,13 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack
 
-from sklearn_sela._kernels import Ask, Reader, Sums
-from sklearn_sela._marginals import Exact, Vector
+from sklearn_sela._kernels import Ahead, Ask, Reader, Sums
+from sklearn_sela._marginals import Exact
+from sklearn_sela._path import ERROR, LENGTH, NEXT, POINT, Vector, following, lengthen, new_path
 
-_MEMORY = 5  # earlier iterates that an accelerated step combines
-_RIDGE = 1e-5  # of the combination, relative to the residual
 _PATIENCE = 8  # reads between two looks at how fast the error falls
 _DAMPING = 1e-10  # least of a Newton step, below which its system may be singular
 _NEWTON_STEPS = 4  # that finish a solve, about, each a read with the Gram matrix
@@ -38,6 +36,7 @@ class _Problem(NamedTuple):
     marginal: Exact  # what the shares of the clusters used should be
     used: NDArray[np.bool_]
     newton: float  # reads that Newton steps to the end take as long as, about
+    alone: bool  # whether nothing waits for its reads to be read along
 
 
 def solve(
@@ -83,10 +82,11 @@ def _solve(
     """The heads' solvers run side by side: each round of asks is one read of the scores."""
     levels = 0 if warm else _levels(reader.spread / reg, min(budgets))
     newton = _NEWTON_STEPS * reader.gram_cost if reader.k <= _NEWTON_MAX else math.inf
+    alone = len(starts) == 1 and reader.shards.alone
     few = reader.n <= max(_FEW, _FEW_EACH * reader.k)
     coarse = max(tol, _FINE if few else _COARSE)
     solvers = [
-        _anneal(Ask(t, v, reg), _Problem(*marginal, newton), levels, coarse, tol, budget)
+        _anneal(Ask(t, v, reg), _Problem(*marginal, newton, alone), levels, coarse, tol, budget)
         for t, (v, marginal, budget) in enumerate(zip(starts, marginals, budgets, strict=True))
     ]
     asks = {t: next(solver) for t, solver in enumerate(solvers)}
@@ -133,11 +133,21 @@ def _descend(
     A generator: yields where it wants to know the sums over the rows, and is sent them. Ends at
     the best point seen, or, to ``go_on`` elsewhere, at the one that it would try next.
     """
-    marginal, used, newton = problem
-    reg, v, path = start.reg, start.v, _Path(np.sqrt(marginal.c))
+    marginal, used, newton, alone = problem
+    reg, v, path, n = start.reg, start.v, new_path(np.sqrt(marginal.c)), 0
     best_v, best, checked = v, math.inf, math.inf
-    for n in range(1, max_iter + 1):
-        sums = yield start._replace(v=in_all(v, used))
+    plain = alone and type(marginal) is Exact and len(v) == len(used)
+    while True:
+        length, look = path.numbers[LENGTH], min(max_iter, n + _PATIENCE - n % _PATIENCE)
+        ahead = Ahead(marginal.c, float(tol), go_on, look - n - 1, path) if plain else None
+        sums = yield start._replace(v=in_all(v, used), ahead=ahead)
+        if path.numbers[LENGTH] > length:  # it has been on its way since
+            n, v = n + int(path.numbers[LENGTH] - length), path.vectors[NEXT].copy()
+            if path.numbers[ERROR] < best:
+                best_v, best = path.vectors[POINT].copy(), float(path.numbers[ERROR])
+            if best <= tol:
+                return v, n, best
+        n += 1
         m = sums.m[used]
         target = marginal.target(v, m)
         error = float(np.abs(m - target).sum())
@@ -145,7 +155,7 @@ def _descend(
             best_v, best = v, error
         done = best <= tol or n == max_iter
         if done and not go_on:
-            break
+            return best_v, n, best
         if n % _PATIENCE == 0 and newton < math.inf and not done:
             rate = math.log(checked / best) / _PATIENCE
             if math.log(best / tol) > rate * newton:
@@ -153,60 +163,13 @@ def _descend(
                 v, extra, error = yield from _newton(here, problem, tol, max_iter - n)
                 return (v, n + extra, error) if error < best else (best_v, n + extra, best)
             checked = best
-        if path.trusts(error):
-            path.add(v, marginal.step(v, m, target, sums.squares[used], reg) - v, error)
-        v = marginal.clip(path.next())
+        if error <= path.numbers[ERROR] or path.numbers[LENGTH] <= 1:
+            lengthen(path, v, marginal.step(v, m, target, sums.squares[used], reg) - v, error)
+        else:  # the acceleration overshot: on from the last point trusted, anew
+            path.numbers[LENGTH] = 1
+        v = marginal.clip(following(path))
         if done:
             return v, n, best
-    return best_v, n, best
-
-
-class _Path:
-    """The last points and their residuals, of which Anderson's method makes the next point.
-
-    Residuals are compared in the norm of a ``weight`` per cluster.
-    """
-
-    def __init__(self, weight: Vector):
-        k = len(weight)
-        self._weight, self._error = weight, math.inf
-        # Of each point but the first, what changed since the one before: its residual, weighted,
-        # with room for a ridge, and the point and its residual together.
-        self._changes, self._moves = np.zeros((_MEMORY, k + _MEMORY)), np.empty((_MEMORY, k))
-        self._v = self._g = np.empty(0)
-        self._n = 0  # points since the path began
-
-    def trusts(self, error: float) -> bool:
-        """Whether it goes on from a point of this error; if not, back to the last one, anew.
-
-        What a plain step leads to is always trusted.
-        """
-        trusted = error <= self._error or self._n <= 1
-        if not trusted:
-            self._n = 1
-        return trusted
-
-    def add(self, v: Vector, g: Vector, error: float) -> None:
-        """A point, its residual (what a plain step adds to it) and error."""
-        if self._n:
-            i, change = (self._n - 1) % _MEMORY, g - self._g
-            self._changes[i, : len(v)] = self._weight * change
-            self._moves[i] = v - self._v + change
-        self._v, self._g, self._error = v, g, error
-        self._n += 1
-
-    def next(self) -> Vector:
-        """The last point and its residual, less the changes of both that cancel the latter best."""
-        v, n = self._v + self._g, min(self._n - 1, _MEMORY)
-        if n == 0:
-            return v
-        k, residual = len(v), np.zeros(len(v) + _MEMORY)
-        residual[:k] = self._weight * self._g
-        system = self._changes[:n].copy()
-        # A ridge: residuals that hardly change (starved clusters) call for no giant leap.
-        system.ravel()[k :: k + _MEMORY + 1] = _RIDGE * math.sqrt(residual @ residual)
-        _, mix, _ = lapack.dgels(system.T, residual, overwrite_a=True, overwrite_b=True)
-        return v - mix[:n] @ self._moves[:n]
 
 
 class _Point(NamedTuple):
@@ -222,7 +185,7 @@ class _Point(NamedTuple):
 
 def _newton(start: Ask, problem: _Problem, tol: float, max_iter: int) -> Solver:
     """Newton steps with Levenberg-Marquardt damping, kept only when they improve."""
-    marginal, used, _ = problem
+    marginal, used, *_ = problem
 
     def at(v: Vector) -> Generator[Ask, Sums, _Point]:
         sums = yield start._replace(v=in_all(v, used), gram=True)

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sklearn_sela._distributed import Shards
+from sklearn_sela._marginals import STARVED
+from sklearn_sela._path import Path
 from sklearn_sela._scores import Scores
 
 _CHUNK = 1 << 20  # entries that the torch path works on at a time: bounds temporary memory
@@ -28,19 +30,34 @@ _FUSED_FROM = 1 << 18  # entries; below, fused reads are not worth their import
 _ROUNDING = 1e7  # largest exponent over the L1 error of shares that float32 makes of it, at most
 _FUSED_GAIN = 20  # plain reads take as many times as long as fused ones, about
 _LEAST_NOISE, _MOST_NOISE = 1e-5, 0.01  # that any sums make; that are of no use
-_STARVED = float(np.finfo(np.float32).tiny)  # least share, whose log is finite
 _ALONE = Shards()
 _NOTHING = 1e-15  # of a row, in products that take 100 times as long where they are subnormal
 _TIE = 1e-6  # entries of the solution closer than this, relatively, are tied
 
 
+class Ahead(NamedTuple):
+    """How a solver goes on by itself, so that reads may save it the questions.
+
+    As long as the L1 error of the shares is no more than that of the path's last point, it takes
+    the point into the path, and asks for the next one, at most ``most`` times. It is done when
+    the error is ``tol``: with that point, or, to ``go_on`` elsewhere, with the one after it.
+    """
+
+    c: NDArray[np.float64]  # the shares that it wants, (K,)
+    tol: float
+    go_on: bool
+    most: int
+    path: Path
+
+
 class Ask(NamedTuple):
-    """A point at which a solver wants to know the sums over all rows."""
+    """A point at which a solver wants to know the sums over all rows, or of a later one ahead."""
 
     head: int
     v: NDArray[np.float64]  # potential, (K,); -inf for clusters that get nothing
     reg: float
     gram: bool = False
+    ahead: Ahead | None = None
 
 
 class Sums(NamedTuple):
@@ -280,8 +297,8 @@ class Reader:
 
 
 def _as_sums(ask: Ask, sums: Any, value: Any = 0.0, gram: Any = None) -> Sums:
-    m, squares = sums.cpu().numpy() if isinstance(sums, Tensor) else sums
-    m = np.maximum(m, _STARVED)
+    m, squares = sums if isinstance(sums, np.ndarray) else sums.cpu().numpy()
+    m = np.maximum(m, STARVED)
     gram = gram.cpu().numpy() if isinstance(gram, Tensor) else gram
     return Sums(m, squares, ask.reg * float(value), gram)
 

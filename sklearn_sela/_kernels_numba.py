@@ -8,6 +8,7 @@ the library's would keep the compiler from using vector registers.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,8 +36,10 @@ from sklearn_sela._lanes import (
     sub,
     total,
 )
+from sklearn_sela._marginals import STARVED, centred, step
+from sklearn_sela._path import ERROR, NEXT, following, lengthen
 from sklearn_sela._scores import Scores
-from sklearn_sela._threads import COMPILE, STAY, Threads, all_done, finish, take
+from sklearn_sela._threads import COMPILE, STAY, Threads, all_done, finish, open_read, take
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
@@ -210,12 +213,16 @@ def _column_sums(  # type: ignore[no-untyped-def]
             store(sums, 1, j, fma(q_1, q_1, fma(q_0, q_0, load(sums, 1, j))))
     for i in range(start, stop):
         offsets[i] += _F((_magnitude(of_row[i - start]) >> 23) - 127)  # its exponent
-    found[:] = sums[:, :k]
+    for j in range(k):  # a slice would take 2 s more to compile
+        found[0, j], found[1, j] = sums[0, j], sums[1, j]
 
 
 @njit(**COMPILE)
 def _labels(s, start, stop, g, a, tie, labels, found):  # type: ignore[no-untyped-def]
-    """The largest of a * s + g of each row; -1 less it if another is within tie; their ends."""
+    """The largest of a * s + g of each row; -1 less it if another is within tie.
+
+    Found are the greatest, and of their negatives.
+    """
     k = s.shape[1]
     z, index = np.empty(k, np.float32), np.empty(k, np.float32)
     for j in range(k):
@@ -234,7 +241,7 @@ def _labels(s, start, stop, g, a, tie, labels, found):  # type: ignore[no-untype
         labels[i] = np.int64(which)
         if close > _F(1):
             labels[i] = -1 - np.argmax(z)
-    found[0, 0], found[1, 0] = labels[start:stop].min(), labels[start:stop].max()
+    found[0, 0], found[1, 0] = -labels[start:stop].min(), labels[start:stop].max()
 
 
 @njit(**COMPILE)
@@ -285,6 +292,44 @@ def mean(found, n):  # type: ignore[no-untyped-def]
     return out / n
 
 
+_EXACTLY = {**COMPILE, "fastmath": False}  # infinity is a number here
+_step, _centred = njit(**_EXACTLY)(step), njit(**_EXACTLY)(centred)
+_lengthen, _following = njit(**_EXACTLY)(lengthen), njit(**_EXACTLY)(following)
+
+
+@njit(**_EXACTLY)
+def _reads(  # type: ignore[no-untyped-def]
+    s, v, how, weight, offsets, found, labels, copied, counts, looks, ahead, n, reg
+):
+    """A read and those that follow, as far as ``Ahead`` goes: ``_descent._descend``, compiled.
+
+    Between two reads of a small matrix, which push it out of the cache, Python takes as long as
+    a read.
+    """
+    c, tol, go_on, most, path = ahead
+    for _ in range(most):
+        if not read(s, v, how, weight, offsets, found, labels, copied, counts, looks):
+            return False
+        sums = mean(found, n)
+        m = np.maximum(sums[0], STARVED)
+        error = np.abs(m - c).sum()
+        if not error <= path.numbers[ERROR] or (error <= tol and not go_on):
+            return True
+        point = v[0].copy()
+        g = _centred(point + _step(m, c, sums[1], reg, np.inf), c) - point
+        _lengthen(path, point, g, error)
+        following = _centred(_following(path), c)
+        for j in range(len(c)):
+            path.vectors[NEXT, j] = following[j]
+        if error <= tol:
+            return True
+        for j in range(len(c)):
+            v[1, j], v[0, j] = point[j], following[j]
+        how[2], how[3] = how[1], np.log2(len(c))
+        open_read(counts)
+    return read(s, v, how, weight, offsets, found, labels, copied, counts, looks)
+
+
 class _Last(NamedTuple):
     """The last read that left offsets: at first the scan, whose row maxima are of scores."""
 
@@ -299,7 +344,7 @@ class _Rows:
     def __init__(self, tile: Tensor, weight: Tensor | None, offsets: Any, stay: int):
         scores, (n, k) = tile.numpy(), tile.shape
         n_blocks = -(-n // ROWS)
-        self._v, self._how = np.zeros((2, k)), np.ones(5)
+        self._v, self._how = np.empty((2, k)), np.empty(5)
         self.found, self.labels = np.empty((n_blocks, 2, k)), np.empty(n, np.int64)
         self.weighted = weight is not None
         w = np.empty(0, np.float32) if weight is None else weight.numpy()
@@ -309,11 +354,23 @@ class _Rows:
         rest = w, offsets, self.found, self.labels, None if contiguous else True
         self._threads = Threads(read, n_blocks, n_threads, stay, scores, self._v, self._how, *rest)
 
-    def read(self, what: int, v: Any, a: float, last: _Last, tie: float = 0.0) -> None:
+    def read(
+        self, what: int, v: Any, a: float, last: _Last, tie: float = 0.0, lead: Any = None
+    ) -> None:
+        np.maximum(last.v, _NOTHING, out=self._v[1])  # first: it may be the other
         np.maximum(v, _NOTHING, out=self._v[0])  # infinity is no number to compiled code
-        np.maximum(last.v, _NOTHING, out=self._v[1])
         self._how[:] = what, a, last.a, last.off, tie
-        self._threads.read()
+        self._threads.read(lead)
+
+    @property
+    def v(self) -> NDArray[np.float64]:
+        """The potential of the last read."""
+        return self._v[0]
+
+    def most(self) -> tuple[float, float]:
+        """The greatest of the two numbers that a scan, or labels, found in each block."""
+        first, second = self.found[:, :, 0].T.tolist()
+        return max(first), max(second)
 
     def close(self) -> None:
         self._threads.close()
@@ -336,9 +393,9 @@ class FusedReads:
         self._offsets[head].append(tops)
         rows = self._rows(tile, head, None, tops)
         rows.read(SCAN, 0.0, 1.0, self._last[head])
-        wide, bits = rows.found[:, :, 0].max(0)
-        largest = np.int32(bits).view(np.float32)
-        return (float(wide), float(largest)) if np.isfinite(largest) else None
+        wide, bits = rows.most()
+        (largest,) = struct.unpack("f", struct.pack("i", int(bits)))
+        return (wide, largest) if math.isfinite(largest) else None
 
     def column_sums(self, ask: Any, weight: Tensor | None, n: int) -> Callable[..., Any]:
         """A read: sums over a tile's rows of weight (None: 1) times q and q ** 2, over n."""
@@ -346,12 +403,19 @@ class FusedReads:
         if isinstance(offsets, list):  # scanned, and not read before
             offsets = np.concatenate(offsets) if len(offsets) > 1 else offsets[0]
             self._offsets[ask.head] = offsets
-        self._last[ask.head] = _Last(ask.v, a, math.log2(len(ask.v)))
+        off = math.log2(len(ask.v))
+        self._last[ask.head] = _Last(ask.v, a, off)
+        go_on = self._whole and ask.ahead is not None
 
         def read(tile: Tensor, of: slice) -> NDArray[np.float64]:
             w = None if weight is None else weight[of]
             rows = self._rows(tile, ask.head, w, offsets[of])
-            rows.read(SUMS, ask.v, a, last)
+            if go_on:
+                lead = lambda *given: _reads(*given, ask.ahead, n, float(ask.reg))  # noqa: E731
+                rows.read(SUMS, ask.v, a, last, lead=lead)
+                self._last[ask.head] = _Last(rows.v, a, off)
+            else:
+                rows.read(SUMS, ask.v, a, last)
             return mean(rows.found, n)
 
         return read
@@ -361,8 +425,8 @@ class FusedReads:
         rows = self._kept.pop(ask.head, None) or _Rows(tile, None, np.empty(0, np.float32), 1)
         rows.read(LABELS, ask.v, _LOG2E / ask.reg, self._last[ask.head], tie * _LOG2E)
         rows.close()
-        least, most = rows.found[:, :, 0].T
-        return torch.from_numpy(rows.labels), float(least.min()), float(most.max())
+        negative, most = rows.most()
+        return torch.from_numpy(rows.labels), -negative, most
 
     def _rows(self, tile: Tensor, head: int, weight: Tensor | None, offsets: Any) -> _Rows:
         known = self._kept.get(head)

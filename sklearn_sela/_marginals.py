@@ -14,8 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
 
-Vector = NDArray[np.float64]  # of one number per cluster
+from sklearn_sela._path import Vector
+
+STARVED = float(np.finfo(np.float32).tiny)  # least share, whose log is finite
 _SETTLED = 0.9  # of a share, at most: no step is longer than 10 of Sinkhorn's
+
+
+def step(m: Vector, t: Vector, squares: Vector, reg: float, reg_m: float) -> Vector:
+    """Sinkhorn's step, reg * log(t / m), longer where less of a share is loose.
+
+    Sinkhorn's is Newton's for a Hessian diag(m) / reg, as m * log(t / m) is t - m, to first
+    order. The true one, (diag(m) - Q'RQ) / reg, has the diagonal d / reg, d = m - squares,
+    which is far less where rows are sure of their clusters, and rows that sum to zero. With
+    -u_j u_l / reg for its other entries, Newton's step divides by d + u ** 2: about
+    d / (1 - d / sum(d)), and just that for two clusters and for like ones. A pull adds
+    m / reg_m.
+    """
+    d = m - np.minimum(squares, _SETTLED * m)
+    d /= 1 - np.minimum(d / d.sum(), 0.5)  # no entry is beyond the sum of the others
+    return np.log(t / m) / (d / m / reg + 1 / reg_m)
+
+
+def centred(v: Vector, c: Vector) -> Vector:
+    """v with mean 0: a constant shift changes nothing."""
+    return v - c @ v
 
 
 @dataclass(frozen=True)
@@ -29,18 +51,7 @@ class Exact:
         return self.c
 
     def step(self, v: Vector, m: Vector, t: Vector, squares: Vector, reg: float) -> Vector:
-        """Sinkhorn's step, v += reg * log(t / m), longer where less of a share is loose.
-
-        Sinkhorn's is Newton's for a Hessian diag(m) / reg, as m * log(t / m) is t - m, to first
-        order. The true one, (diag(m) - Q'RQ) / reg, has the diagonal d / reg, d = m - squares,
-        which is far less where rows are sure of their clusters, and rows that sum to zero. With
-        -u_j u_l / reg for its other entries, Newton's step divides by d + u ** 2: about
-        d / (1 - d / sum(d)), and just that for two clusters and for like ones. A pull adds
-        m / reg_m.
-        """
-        d = m - np.minimum(squares, _SETTLED * m)
-        d /= 1 - np.minimum(d / d.sum(), 0.5)  # no entry is beyond the sum of the others
-        return self.clip(v + np.log(t / m) / (d / m / reg + 1 / self.reg_m))
+        return self.clip(v + step(m, t, squares, reg, self.reg_m))
 
     def value(self, v: Vector) -> float:
         return -float(self.c @ v)
@@ -49,7 +60,7 @@ class Exact:
         return np.outer(m + t, m + t) / reg  # none; but a constant shift is flat: pin it
 
     def clip(self, v: Vector) -> Vector:
-        return v - self.c @ v  # a constant shift changes nothing: mean 0
+        return centred(v, self.c)
 
     def moving(self, v: Vector, m: Vector) -> NDArray[np.bool_]:
         return np.ones(len(v), dtype=bool)

@@ -85,9 +85,7 @@ class Scores:
                 continue
             if 0 < self.n < start + n:  # kernels keep a place for known rows only
                 raise self._other_rows(f"{start + n} or more")
-            formed = _BLOCK if self.device.type == "cpu" else _ON_GPU * _BLOCK // len(heads)
-            step = max(1, formed // max(self.k, self.width))
-            for part in [block] if self.heads is None else block.split(step):
+            for part in [block] if self.heads is None else block.split(self._formed(len(heads))):
                 rows = slice(start, start + part.shape[0])
                 start = rows.stop
                 yield rows, [self._tile(part, head) for head in heads]
@@ -96,6 +94,11 @@ class Scores:
         if self.n not in (0, start):
             raise self._other_rows(str(start))
         self.n = start
+
+    def _formed(self, n_heads: int) -> int:
+        """Rows whose scores are formed at a time."""
+        entries = _BLOCK if self.device.type == "cpu" else _ON_GPU * _BLOCK // n_heads
+        return max(1, entries // max(self.k, self.width))
 
     def _other_rows(self, found: str) -> ValueError:
         return ValueError(f"the blocks hold {found} rows, but held {self.n} when first read.")
@@ -149,8 +152,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """float32 products in float32 within: TF32 would stall the solver far from its tolerance."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     matmul: Any = getattr(backend, "matmul", None)
-    each = hasattr(matmul, "fp32_precision")  # since torch 2.9, where the old call may raise
-    before = matmul.fp32_precision if each else torch.get_float32_matmul_precision()
+    before = getattr(matmul, "fp32_precision", None)
+    each = before is not None  # since torch 2.9, where the old call may raise
+    before = before or torch.get_float32_matmul_precision()
 
     def put(precision: str) -> None:
         if each:
@@ -158,9 +162,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
         else:
             torch.set_float32_matmul_precision(precision)
 
+    on = torch.is_autocast_enabled(device.type)  # else not worth its time
     put("ieee" if each else "highest")
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext():
             yield
     finally:
         put(before)
@@ -174,7 +179,7 @@ def _readable(source: Any) -> Tensor | np.ndarray | Callable[[], Iterator[Any]]:
     if array.dtype.is_complex if isinstance(array, Tensor) else array.dtype.kind == "c":
         raise ValueError(f"scores must be real numbers, got {array.dtype}.")
     if isinstance(array, Tensor):
-        return array.detach()
+        return array.detach() if array.requires_grad else array
     mapped = isinstance(array, np.memmap)
     if mapped or not array.flags.writeable or any(step < 0 for step in array.strides):
         return array

@@ -20,7 +20,8 @@ from torch import Tensor
 from sklearn_sela._descent import in_all, solve
 from sklearn_sela._distributed import Shards
 from sklearn_sela._kernels import Ask, Reader, as_shares
-from sklearn_sela._marginals import Capped, Exact, Relaxed, Vector
+from sklearn_sela._marginals import Capped, Exact, Relaxed
+from sklearn_sela._path import Vector
 from sklearn_sela._rounding import read_labels, round_labels, size_limits
 from sklearn_sela._scores import Scores, full_precision
 
@@ -231,7 +232,9 @@ def sinkhorn_labels(
                 cost.append(round_labels(reader, ask, own, size_limits(shares, reader.n)))
         assignment = [_assignment(reader, ask) for ask in asks] if return_assignment else None
     iterations, converged = [n for _, n, _ in solved], [error <= tol for error in errors]
-    potentials = [torch.from_numpy(ask.v).to(source.device) for ask in asks]
+    potentials: list[Any] = [ask.v for ask in asks]
+    if source.device.type != "cpu":
+        potentials = [torch.from_numpy(v).to(source.device) for v in potentials]
     fields = (labels, potentials, iterations, errors, converged, assignment, cost)
     return SinkhornResult(*(_as_given(field, source) for field in fields))
 
@@ -275,7 +278,7 @@ def _starts(
     """The potential to start from, of each head, on the clusters that it uses."""
     shape = (source.n_heads, source.k)
     if potential is None:
-        return [np.zeros(int(of_head.sum())) for of_head in used]
+        return [np.zeros(np.count_nonzero(of_head)) for of_head in used]
     v = _array(potential)
     if v.shape != (shape if source.several else shape[1:]) or not (v < math.inf).all():
         each = f" for each of {shape[0]} heads" if source.several else ""
@@ -306,12 +309,11 @@ def _as_given(heads: list[Any] | None, source: Scores) -> Any:
     if heads is None:
         return None
     if isinstance(heads[0], Tensor):
-        field = torch.stack(heads) if source.several else heads[0]
-        return field if source.of_tensors else field.cpu().numpy()
-    if not source.several:
-        return heads[0]
-    numbers = np.array(heads)
-    return torch.from_numpy(numbers) if source.of_tensors else numbers
+        tensor = torch.stack(heads) if source.several else heads[0]
+        return tensor if source.of_tensors else tensor.cpu().numpy()
+    field = np.array(heads) if source.several else heads[0]
+    of_array = source.of_tensors and isinstance(field, np.ndarray)
+    return torch.from_numpy(field) if of_array else field
 
 
 def _warn_not_converged(error: float, tol: float, max_iter: int) -> None:

@@ -58,7 +58,7 @@ _set = _atomic(_stored)
 
 
 @njit(**COMPILE)
-def _open(counts):  # type: ignore[no-untyped-def]
+def open_read(counts):  # type: ignore[no-untyped-def]
     """Free all blocks, for the next read; all of the last are done."""
     _set(counts, _DONE, 0)
     _set(counts, _NEXT, (_get(counts, _NEXT, 0) // _READ + 1) * _READ)
@@ -129,16 +129,20 @@ class Threads:
         self._n_others, self._n_sent = n - 1, 0
         self._others: list[Future[None]] = []
 
-    def read(self) -> None:
-        """A read of all blocks."""
-        _open(self._counts)
+    def read(self, lead: Any = None) -> None:
+        """A read of all blocks.
+
+        ``lead`` is what this thread does in it instead of the kernel, with the same arguments;
+        it may open others, and returns whether all blocks of the last are done.
+        """
+        open_read(self._counts)
         # They count themselves out: to be done, a future waits for this thread to pause.
         if missing := self._n_others - self._n_sent + int(self._counts[_LEFT]):
             self._others = [other for other in self._others if not other.done()]
             pool, work = _pool(self._n_others), partial(self._kernel, *self._arguments)
             self._others += [pool.submit(work, self._stay) for _ in range(missing)]
             self._n_sent += missing
-        done = _flushed(self._kernel, *self._arguments, 0)
+        done = _flushed(lead or self._kernel, *self._arguments, 0)
         while not done:
             for other in self._others:
                 if other.done():

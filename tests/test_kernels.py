@@ -151,6 +151,39 @@ def test_fused_and_plain_reads_give_the_same_labels(fused, options, request):
     assert abs(with_fused.n_iter - plain.n_iter) <= 2
 
 
+@pytest.mark.parametrize("max_iter", [1, 2, 5, 1000])
+@pytest.mark.parametrize(
+    ("scale", "options"),
+    [
+        (1, {}),
+        (0.1, {"tol": 1e-4}),
+        (6, {"tol": 1e-3}),  # through levels of reg
+        (20, {"tol": 1e-2}),  # with steps that overshoot
+        (1, {"reg": 1, "cluster_weights": np.arange(1, 101)}),
+        (2, {"sample_weight": np.arange(3000) % 7}),
+        (3, {"potential": np.linspace(-1, 1, 100), "tol": 1e-3}),
+    ],
+)
+def test_reads_that_follow_by_themselves_are_those_that_would_be_asked_for(
+    fused, scale, options, max_iter, monkeypatch
+):
+    scores = scale * network_scores(3000, 100)
+    by_themselves = sinkhorn_labels(scores, max_iter=max_iter, warn=False, **options)
+    column_sums, asked = fused.FusedReads.column_sums, []
+
+    def one_at_a_time(self, ask, *rest):
+        asked.append(ask)
+        return column_sums(self, ask._replace(ahead=None), *rest)
+
+    monkeypatch.setattr(fused.FusedReads, "column_sums", one_at_a_time)
+    each = sinkhorn_labels(scores, max_iter=max_iter, warn=False, **options)
+    assert by_themselves.n_iter == each.n_iter == len(asked) <= max_iter
+    assert by_themselves.converged == each.converged
+    assert by_themselves.marginal_error == pytest.approx(each.marginal_error, rel=1e-2, abs=1e-6)
+    assert by_themselves.potential == pytest.approx(each.potential, rel=1e-4, abs=1e-5)
+    assert (by_themselves.labels == each.labels).mean() > 0.999
+
+
 def test_fused_reads_that_cannot_be_loaded_are_done_without(fused, monkeypatch):
     def no_cache(name):
         raise RuntimeError("cannot cache function: no locator available")

@@ -16,6 +16,9 @@ from sklearn.exceptions import ConvergenceWarning
 
 from problems import oracle_plan
 from sklearn_sela import sinkhorn_labels
+from sklearn_sela._kernels import Ask, Reader
+from sklearn_sela._path import following, lengthen, new_path
+from sklearn_sela._scores import Scores
 
 SETTINGS = settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck)
@@ -409,6 +412,39 @@ def test_very_sharp_small_problems_converge(seed):
     rng = np.random.default_rng(seed)
     scores = 2000 * rng.normal(size=(55, 3))
     assert sinkhorn_labels(scores, reg=0.01, tol=1e-6).converged
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gram_matrix_leaves_out_only_what_is_nothing(dtype):
+    # Most products of a sharp solution's entries have no normal number.
+    scores = (40 * np.random.default_rng(0).normal(size=(300, 20))).astype(dtype)
+    weights = np.random.default_rng(1).uniform(size=300)
+    reader = Reader(Scores(scores), weights, 1.0, 1e-3)
+    (sums,) = reader.sums([Ask(0, np.zeros(20), 1.0, gram=True)])
+    q = softmax(scores.astype(np.float64), axis=1)
+    exact = (q * (weights / weights.sum())[:, None]).T @ q
+    assert np.abs(sums.gram - exact).max() < (1e-14 if dtype == np.float64 else 1e-7)
+    assert np.abs(np.diag(sums.gram) - sums.squares).max() < 1e-7
+
+
+# --- Anderson acceleration -------------------------------------------------------------------
+
+
+def test_acceleration_solves_a_linear_map_in_as_many_steps_as_it_has_dimensions():
+    rng = np.random.default_rng(0)
+    a, b = 0.5 * rng.normal(size=(4, 4)) / 2, rng.normal(size=4)
+    path, v = new_path(np.ones(4)), np.zeros(4)
+    for _ in range(6):
+        lengthen(path, v, a @ v + b - v, 1.0)
+        v = following(path)
+    assert v == pytest.approx(np.linalg.solve(np.eye(4) - a, b), abs=1e-6)
+
+
+def test_acceleration_of_a_path_that_stands_still_is_the_plain_step():
+    path, v = new_path(np.ones(3)), np.arange(3.0)
+    for residual in (np.ones(3), np.ones(3), np.zeros(3), np.zeros(3)):
+        lengthen(path, v, residual, 1.0)
+        assert following(path) == pytest.approx(v + residual, abs=1e-6)
 
 
 # --- the KL-relaxed marginal -----------------------------------------------------------------

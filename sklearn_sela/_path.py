@@ -1,0 +1,71 @@
+"""The iterates of a fixed-point map, and where they lead: Anderson acceleration.
+
+In functions of arrays that numba, which reads may be fused by, can compile as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]  # of one number per cluster
+
+MEMORY = 5  # changes from one iterate to the next that a step combines
+_RIDGE = 1e-10  # of the combination, relative to the square of the residual
+_ROUNDED = 1e-13  # and to those of the changes, which tell no less apart
+_LEAST = float(np.finfo(np.float64).tiny)
+LENGTH, ERROR = 0, 1  # places of numbers
+POINT, RESIDUAL, NEXT = 0, 1, 2  # and of vectors
+
+
+class Path(NamedTuple):
+    """The last points of an iteration, changed in place.
+
+    A residual is what a plain step adds to a point.
+    """
+
+    weight: Vector  # of each cluster, in the norm of residuals
+    numbers: Vector  # points since the path began, and the error of the last
+    vectors: NDArray[np.float64]  # the last point, its residual, and the point to try next
+    changes: NDArray[np.float64]  # of the weighted residual, from each point to the next
+    moves: NDArray[np.float64]  # and of the point plus its residual
+
+
+def new_path(weight: Vector) -> Path:
+    """A path of no points."""
+    k = len(weight)
+    vectors, changes, moves = np.zeros((3, k)), np.zeros((MEMORY, k)), np.zeros((MEMORY, k))
+    return Path(weight, np.array([0.0, math.inf]), vectors, changes, moves)
+
+
+def lengthen(path: Path, v: Vector, residual: Vector, error: float) -> None:
+    """The next point, after that of the path."""
+    n = int(path.numbers[LENGTH])
+    if n > 0:
+        change, i = residual - path.vectors[RESIDUAL], (n - 1) % MEMORY
+        np.multiply(path.weight, change, path.changes[i])
+        np.add(v - path.vectors[POINT], change, path.moves[i])
+    np.positive(v, path.vectors[POINT])  # numba takes seconds to compile a slice's assignment
+    np.positive(residual, path.vectors[RESIDUAL])
+    path.numbers[LENGTH], path.numbers[ERROR] = n + 1, error
+
+
+def following(path: Path) -> Vector:
+    """Anderson's step (Walker, Ni 2011): where residuals, combined, cancel best.
+
+    The last point and its residual, less the changes of both of which those of the residual
+    make most of it.
+    """
+    v = path.vectors[POINT] + path.vectors[RESIDUAL]
+    n = min(int(path.numbers[LENGTH]) - 1, MEMORY)
+    if n < 1:
+        return v
+    changes, residual = path.changes[:n], path.weight * path.vectors[RESIDUAL]
+    system = changes @ changes.T
+    # A ridge: residuals that hardly change (starved clusters) call for no giant leap.
+    ridge = _RIDGE * (residual @ residual) + _ROUNDED * np.trace(system) + _LEAST
+    mix = np.linalg.solve(system + ridge * np.eye(n), changes @ residual)
+    return v - mix @ path.moves[:n]
