@@ -39,11 +39,11 @@ from sklearn_sela._lanes import (
 from sklearn_sela._marginals import STARVED, centred, step
 from sklearn_sela._path import ERROR, NEXT, following, lengthen
 from sklearn_sela._scores import Scores
-from sklearn_sela._threads import COMPILE, STAY, Threads, all_done, finish, open_read, take
+from sklearn_sela._threads import COMPILE, STAY, Threads, all_done, finish, n_left, open_read, take
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
-_AHEAD = 2048  # entries between what is read and what is asked for
+_FAR, _NEAR = 8192, 512  # entries between what is read and what is asked for
 _TOGETHER = 1 << 19  # entries from which on other threads are worth waking; half if they stay
 _TOO_FAR = 60.0  # for exponents of two to move between two reads, whose offsets are then no use
 _LOG2E = math.log2(math.e)
@@ -87,24 +87,37 @@ def _magnitude(context, x):  # type: ignore[no-untyped-def]
     return types.int32(types.float32), code
 
 
-@intrinsic
-def _prefetch(context, s, i, j):  # type: ignore[no-untyped-def]
-    """Ask for s[i, j] to be brought into the cache, and go on meanwhile."""
+def _prefetch(near):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def prefetch(context, s, i, j):  # type: ignore[no-untyped-def]
+        """Ask for s[i, j] to be brought into a cache, and go on meanwhile."""
 
-    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        i32, i64, pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
-        array = make_array(s)(context, builder, args[0])
-        address = builder.ptrtoint(array.data, i64)
-        for axis in (0, 1):
-            stride = builder.extract_value(array.strides, axis)
-            address = builder.add(address, builder.mul(args[1 + axis], stride))
-        kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        to_read, keep_near, data = i32(0), i32(3), i32(1)
-        builder.call(function, [builder.inttoptr(address, pointer), to_read, keep_near, data])
-        return context.get_dummy_value()
+        def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            i32, i64, pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+            array = make_array(s)(context, builder, args[0])
+            address = builder.ptrtoint(array.data, i64)
+            for axis in (0, 1):
+                stride = builder.extract_value(array.strides, axis)
+                address = builder.add(address, builder.mul(args[1 + axis], stride))
+            kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+            function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+            to_read, how_near, data = i32(0), i32(near), i32(1)
+            builder.call(function, [builder.inttoptr(address, pointer), to_read, how_near, data])
+            return context.get_dummy_value()
 
-    return types.void(s, types.intp, types.intp), code
+        return types.void(s, types.intp, types.intp), code
+
+    return prefetch
+
+
+# From memory to a larger cache, of which the nearest takes too few at a time; from there to it.
+_prefetch_far, _prefetch_near = _prefetch(1), _prefetch(3)
+
+
+@njit(inline="always")
+def _prefetch_row(s, i):  # type: ignore[no-untyped-def]
+    for j in range(0, s.shape[1], LANES):
+        _prefetch_far(s, i, j)
 
 
 @njit(inline="always")
@@ -143,10 +156,11 @@ def _rows_of(n, k, value):  # type: ignore[no-untyped-def]
 @njit(**COMPILE)
 def _scan(s, start, stop, tops, found):  # type: ignore[no-untyped-def]
     """Into tops the largest entry of each row; the widest row, and the largest magnitude's bits."""
-    wide, bits = _F(0), np.int32(0)
+    wide, bits, k = _F(0), np.int32(0), s.shape[1]
     for i in range(start, stop):
+        _prefetch_row(s, i + max(2, _FAR // k))
         high, low = _LOW, _HIGH
-        for j in range(s.shape[1]):
+        for j in range(k):
             x = _F(s[i, j])
             high, low = _max(high, x), _min(low, x)
             bits = max(bits, _magnitude(x))
@@ -178,7 +192,8 @@ def _column_sums(  # type: ignore[no-untyped-def]
     k = s.shape[1]
     e, sums, room, gains, of_row, over = scratch
     sums[:], scale, constants = _F(0), splat(a), _constants()
-    ahead, whole, weighted = max(2, _AHEAD // k), k // LANES * LANES, len(weight) > 0
+    far, near = max(4, _FAR // k), max(2, _NEAR // k)
+    whole, weighted = k // LANES * LANES, len(weight) > 0
     for i in range(start, stop, 2):
         for r in range(2):
             row = min(i + r, stop - 1)
@@ -187,7 +202,8 @@ def _column_sums(  # type: ignore[no-untyped-def]
                 for j in range(k):
                     room[r, j] = s[row, j]
             for j in range(0, k, LANES):
-                _prefetch(s, i + r + ahead, j)
+                _prefetch_far(s, i + r + far, j)
+                _prefetch_near(s, i + r + near, j)
                 if copied is not None:
                     x = load(room, r, j)
                 elif j < whole:
@@ -228,6 +244,7 @@ def _labels(s, start, stop, g, a, tie, labels, found):  # type: ignore[no-untype
     for j in range(k):
         index[j] = j  # as floats, which mix with scores in one vector register
     for i in range(start, stop):
+        _prefetch_row(s, i + max(2, _FAR // k))
         high = _LOW
         for j in range(k):
             x = _F(s[i, j]) * a + g[j]
@@ -307,6 +324,7 @@ def _reads(  # type: ignore[no-untyped-def]
     a read.
     """
     c, tol, go_on, most, path = ahead
+    before = n_left(counts)
     for _ in range(most):
         if not read(s, v, how, weight, offsets, found, labels, copied, counts, looks):
             return False
@@ -314,6 +332,8 @@ def _reads(  # type: ignore[no-untyped-def]
         m = np.maximum(sums[0], STARVED)
         error = np.abs(m - c).sum()
         if not error <= path.numbers[ERROR] or (error <= tol and not go_on):
+            return True
+        if n_left(counts) > before:  # others can be had again
             return True
         point = v[0].copy()
         g = _centred(point + _step(m, c, sums[1], reg, np.inf), c) - point

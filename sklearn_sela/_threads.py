@@ -99,6 +99,12 @@ def all_done(counts, n_blocks, looks=0):  # type: ignore[no-untyped-def]
 
 
 @njit(**COMPILE)
+def n_left(counts):  # type: ignore[no-untyped-def]
+    """Threads that will not be there for another read."""
+    return _get(counts, _LEFT, 0)
+
+
+@njit(**COMPILE)
 def _close(counts):  # type: ignore[no-untyped-def]
     """Send those away who look out for another read."""
     _set(counts, _NEXT, -_READ)
