@@ -23,7 +23,7 @@ _NEWTON_STEPS = 4  # that finish a solve, about, each a read with the Gram matri
 _NEWTON_MAX = 1024  # clusters; beyond, its K x K systems cost more than they save
 _SCALING = 4.0  # factor between two levels of entropic regularisation
 _SPREAD = 64.0  # of the scores, in units of reg, that one level can do with
-_COARSE, _FINE = 0.1, 0.01  # L1 errors at which a level but the last is done with
+_COARSE, _FINE = 0.5, 0.01  # L1 errors at which a level but the last is done with
 _FEW, _FEW_EACH = 1000, 4  # rows, and a cluster, up to which it is the finer: single ones matter
 _LEVEL_ITER = 100  # most reads of a level but the last, and before exact ones
 
