@@ -327,7 +327,7 @@ def update() -> None:
     def reads(scores: torch.Tensor, method: str) -> int | None:
         reader, k = Reader(Scores(scores), None, REG, TOL), scores.shape[1]
         marginal, used = _descent.Exact(np.full(k, 1 / k)), np.ones(k, dtype=bool)
-        problem = _descent._Problem(marginal, used, math.inf)
+        problem = _descent._Problem(marginal, used, math.inf, False)
         start = Ask(0, np.zeros(k), REG)
         if method == "Newton":
             solver = _descent._newton(start, problem, TOL, 1000)
