@@ -77,7 +77,7 @@ class Relaxed(Exact):
         return np.log(self.c) - v / self.reg_m
 
     def target(self, v: Vector, m: Vector) -> Vector:
-        return softmax(self._pull(v))
+        return np.maximum(softmax(self._pull(v)), STARVED)
 
     def value(self, v: Vector) -> float:
         return self.reg_m * float(logsumexp(self._pull(v)))

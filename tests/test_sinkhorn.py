@@ -807,6 +807,19 @@ def test_stale_potential_still_leads_to_the_solution(dtype, stale):
     assert (warm.labels == cold.labels).all()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seed", range(3))
+def test_stale_potential_far_beyond_a_weak_pull_leads_back(seed):
+    # Shares that such a potential asks for are too small for any number.
+    rng = np.random.default_rng(seed)
+    scores, stale = 20 * rng.normal(size=(500, 30)), 20 * rng.normal(size=30)
+    warm = sinkhorn_labels(scores, reg=0.2, reg_m=0.1, potential=stale)
+    cold = sinkhorn_labels(scores, reg=0.2, reg_m=0.1)
+    assert warm.converged
+    assert warm.n_iter < 100
+    assert (warm.labels == cold.labels).all()
+
+
 # --- interface -------------------------------------------------------------------------------
 
 
