@@ -25,8 +25,10 @@ from sklearn_sela._lanes import (
     LANES,
     add,
     add_to_exponent,
+    at_least,
     fma,
     kept,
+    largest,
     load,
     load_some,
     maximum,
@@ -121,6 +123,24 @@ def _prefetch_row(s, i):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
+def _copy_row(s, i, row):  # type: ignore[no-untyped-def]
+    for j in range(s.shape[1]):
+        row[j] = s[i, j]
+
+
+@njit(inline="always")
+def _load(s, i, j, copied, room, r):  # type: ignore[no-untyped-def]
+    """Entries of row i from j on, or of its copy in room[r]; 0 behind its end."""
+    if copied is not None:
+        x = load(room, r, j)
+    elif j + LANES <= s.shape[1]:
+        x = load(s, i, j)
+    else:
+        x = load_some(s, i, j, s.shape[1] - j)
+    return x
+
+
+@njit(inline="always")
 def _constants():  # type: ignore[no-untyped-def]
     """Those of _exp2, in registers."""
     c0, c1, c2 = splat(kept(_C0)), splat(kept(_C1)), splat(kept(_C2))
@@ -193,24 +213,18 @@ def _column_sums(  # type: ignore[no-untyped-def]
     e, sums, room, gains, of_row, over = scratch
     sums[:], scale, constants = _F(0), splat(a), _constants()
     far, near = max(4, _FAR // k), max(2, _NEAR // k)
-    whole, weighted = k // LANES * LANES, len(weight) > 0
+    weighted = len(weight) > 0
     for i in range(start, stop, 2):
         for r in range(2):
             row = min(i + r, stop - 1)
             off, summed = splat(offsets[row]), splat(_F(0))
             if copied is not None:
-                for j in range(k):
-                    room[r, j] = s[row, j]
+                _copy_row(s, row, room[r])
             for j in range(0, k, LANES):
                 _prefetch_far(s, i + r + far, j)
                 _prefetch_near(s, i + r + near, j)
-                if copied is not None:
-                    x = load(room, r, j)
-                elif j < whole:
-                    x = load(s, row, j)
-                else:
-                    x = load_some(s, row, j, k - j)
-                x = _exp2(sub(fma(x, scale, load(gains, 0, j)), off), constants)
+                x = fma(_load(s, row, j, copied, room, r), scale, load(gains, 0, j))
+                x = _exp2(sub(x, off), constants)
                 store(e, r, j, x)
                 summed = add(summed, x)
             of_row[row - start] = total(summed)
@@ -234,30 +248,33 @@ def _column_sums(  # type: ignore[no-untyped-def]
 
 
 @njit(**COMPILE)
-def _labels(s, start, stop, g, a, tie, labels, found):  # type: ignore[no-untyped-def]
-    """The largest of a * s + g of each row; -1 less it if another is within tie.
+def _labels(s, start, stop, a, tie, labels, found, copied, scratch):  # type: ignore[no-untyped-def]
+    """The largest of a * s + gains of each row; -1 less it if another is within tie.
 
     Found are the greatest, and of their negatives.
     """
     k = s.shape[1]
-    z, index = np.empty(k, np.float32), np.empty(k, np.float32)
+    z, index, room, gains, _, _ = scratch
     for j in range(k):
-        index[j] = j  # as floats, which mix with scores in one vector register
+        index[0, j] = j  # as floats, which mix with scores in one vector register
+    scale, zero = splat(a), splat(_F(0))
     for i in range(start, stop):
         _prefetch_row(s, i + max(2, _FAR // k))
-        high = _LOW
-        for j in range(k):
-            x = _F(s[i, j]) * a + g[j]
-            z[j] = x
-            high = _max(high, x)
-        least, close, which = high - tie, _F(0), _F(0)
-        for j in range(k):
-            near = _F(1) if z[j] >= least else _F(0)
-            close += near
-            which += near * index[j]  # the largest, if it is alone
-        labels[i] = np.int64(which)
-        if close > _F(1):
-            labels[i] = -1 - np.argmax(z)
+        if copied is not None:
+            _copy_row(s, i, room[0])
+        highest = splat(_LOW)
+        for j in range(0, k, LANES):
+            x = fma(_load(s, i, j, copied, room, 0), scale, load(gains, 0, j))
+            store(z, 0, j, x)
+            highest = maximum(highest, x)
+        least, close, which = splat(largest(highest) - tie), zero, zero
+        for j in range(0, k, LANES):
+            near = at_least(load(z, 0, j), least)
+            close = add(close, near)
+            which = fma(near, load(index, 0, j), which)  # the largest, if it is alone
+        labels[i] = np.int64(total(which))
+        if total(close) > _F(1):
+            labels[i] = -1 - np.argmax(z[0, :k])
     found[0, 0], found[1, 0] = -labels[start:stop].min(), labels[start:stop].max()
 
 
@@ -282,18 +299,17 @@ def read(  # type: ignore[no-untyped-def]
         for j in range(k):
             power, before = max(v[0, j] * a, _NOTHING), max(v[1, j] * a, _NOTHING)
             gains[0, j], most = power, max(most, abs(power - before))
-        a = _F(a)
+        a, scratch = _F(a), (e, sums, room, gains, of_row, over)
         if what == SCAN:
             _scan(s, start, stop, offsets, found[block])
         elif what == LABELS:
-            _labels(s, start, stop, gains[0], a, _F(tie), labels, found[block])
+            _labels(s, start, stop, a, _F(tie), labels, found[block], copied, scratch)
         else:
             if moved + most > _TOO_FAR:
                 _largest_exponents(s, start, stop, gains[0], a, offsets)
             elif scaled != _F(1):
                 for i in range(start, stop):
                     offsets[i] *= scaled
-            scratch = e, sums, room, gains, of_row, over
             _column_sums(s, start, stop, a, weight, offsets, found[block], copied, scratch)
         finish(counts)
         block = take(counts, len(found), looks)

@@ -155,6 +155,26 @@ def maximum(context, x, y):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def at_least(context, x, y):  # type: ignore[no-untyped-def]
+    """1 where x >= y, else 0."""
+
+    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        one, zero = (ir.Constant(_VECTOR, [number] * LANES) for number in (1.0, 0.0))
+        return builder.select(builder.fcmp_ordered(">=", *args), one, zero)
+
+    return lanes(lanes, lanes), code
+
+
+@intrinsic
+def largest(context, x):  # type: ignore[no-untyped-def]
+    def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        name = "llvm.vector.reduce.fmax.v16f32"
+        return _call(builder, name, _F32, args, fastmath=("nnan", "nsz"))
+
+    return types.float32(lanes), code
+
+
+@intrinsic
 def total(context, x):  # type: ignore[no-untyped-def]
     """Sum of the lanes, in any order."""
 
