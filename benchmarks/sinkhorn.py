@@ -135,8 +135,9 @@ def measure(size: str) -> None:
     shape, _, dtype = size.partition(":")
     n, k = map(int, shape.split("x"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    warm_up = network_scores(6000, 64, device=device)  # compiled, and in memory, before we look
-    sinkhorn_labels(warm_up, reg=REG)
+    # Compiled, and libraries' code of these shapes in memory, before we look.
+    warm_up = network_scores(max(6000, -(-(1 << 18) // k)), k, device=device)
+    sinkhorn_labels(warm_up, reg=REG, tol=TOL)
     scores = network_scores(n, k, device=device)
     scores = scores.to(getattr(torch, dtype or "float32"))
     nbytes = scores.nbytes
