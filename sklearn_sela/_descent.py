@@ -23,8 +23,8 @@ _NEWTON_STEPS = 4  # that finish a solve, about, each a read with the Gram matri
 _NEWTON_MAX = 1024  # clusters; beyond, its K x K systems cost more than they save
 _SCALING = 4.0  # factor between two levels of entropic regularisation
 _SPREAD = 64.0  # of the scores, in units of reg, that one level can do with
-_COARSE, _FINE = 0.5, 0.01  # L1 errors at which a level but the last is done with
-_FEW, _FEW_EACH = 1000, 4  # rows, and a cluster, up to which it is the finer: single ones matter
+_COARSE, _FINE = 0.1, 0.01  # L1 errors at which a level but the last is done with
+_FEW, _FEW_EACH = 1000, 4  # rows, in all or a cluster: of no more, single ones matter: _FINE
 _LEVEL_ITER = 100  # most reads of a level but the last, and before exact ones
 
 Solver = Generator[Ask, Sums, tuple[Vector, int, float]]
@@ -131,21 +131,23 @@ def _descend(
     problems, in which rows change cluster one at a time), damped Newton steps finish.
 
     A generator: yields where it wants to know the sums over the rows, and is sent them. Ends at
-    the best point seen, or, to ``go_on`` elsewhere, at the one that it would try next.
+    the best point seen, or, to ``go_on`` elsewhere, at the one that it would try next (Newton's
+    steps: at their best).
     """
     marginal, used, newton, alone = problem
     reg, v, path, n = start.reg, start.v, new_path(np.sqrt(marginal.c)), 0
     best_v, best, checked = v, math.inf, math.inf
-    plain = alone and type(marginal) is Exact and len(v) == len(used)
+    compiled = alone and type(marginal) is Exact and len(v) == len(used)
     while True:
         length, look = path.numbers[LENGTH], min(max_iter, n + _PATIENCE - n % _PATIENCE)
-        ahead = Ahead(marginal.c, float(tol), go_on, look - n - 1, path) if plain else None
+        # The read that ends at ``look`` is to be decided on here.
+        ahead = Ahead(marginal.c, float(tol), go_on, look - n - 1, path) if compiled else None
         sums = yield start._replace(v=in_all(v, used), ahead=ahead)
-        if path.numbers[LENGTH] > length:  # it has been on its way since
+        if path.numbers[LENGTH] > length:  # points were taken by themselves: sums are of the next
             n, v = n + int(path.numbers[LENGTH] - length), path.vectors[NEXT].copy()
             if path.numbers[ERROR] < best:
                 best_v, best = path.vectors[POINT].copy(), float(path.numbers[ERROR])
-            if best <= tol:
+            if best <= tol:  # of the last of them, which sums are of then: to go on from
                 return v, n, best
         n += 1
         m = sums.m[used]
@@ -158,7 +160,7 @@ def _descend(
             return best_v, n, best
         if n % _PATIENCE == 0 and newton < math.inf and not done:
             rate = math.log(checked / best) / _PATIENCE
-            if math.log(best / tol) > rate * newton:
+            if math.log(best / tol) > rate * min(newton, max_iter - n):
                 here = start._replace(v=best_v)
                 v, extra, error = yield from _newton(here, problem, tol, max_iter - n)
                 return (v, n + extra, error) if error < best else (best_v, n + extra, best)

@@ -39,8 +39,9 @@ class Ahead(NamedTuple):
     """How a solver goes on by itself, so that reads may save it the questions.
 
     As long as the L1 error of the shares is no more than that of the path's last point, it takes
-    the point into the path, and asks for the next one, at most ``most`` times. It is done when
-    the error is ``tol``: with that point, or, to ``go_on`` elsewhere, with the one after it.
+    the point into the path, and asks for the next one, at most ``most`` times (it may stop
+    sooner). At an error of ``tol`` it is done: the point is left to the solver to take, or, to
+    ``go_on`` elsewhere, taken, and the one after it found.
     """
 
     c: NDArray[np.float64]  # the shares that it wants, (K,)

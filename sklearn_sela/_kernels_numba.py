@@ -337,7 +337,7 @@ def _reads(  # type: ignore[no-untyped-def]
     """A read and those that follow, as far as ``Ahead`` goes: ``_descent._descend``, compiled.
 
     Between two reads of a small matrix, which push it out of the cache, Python takes as long as
-    a read.
+    a read. Steps that overshoot, Newton's and the end are left to it.
     """
     c, tol, go_on, most, path = ahead
     before = n_left(counts)
@@ -354,13 +354,13 @@ def _reads(  # type: ignore[no-untyped-def]
         point = v[0].copy()
         g = _centred(point + _step(m, c, sums[1], reg, np.inf), c) - point
         _lengthen(path, point, g, error)
-        following = _centred(_following(path), c)
+        there = _centred(_following(path), c)
         for j in range(len(c)):
-            path.vectors[NEXT, j] = following[j]
+            path.vectors[NEXT, j] = there[j]
         if error <= tol:
             return True
         for j in range(len(c)):
-            v[1, j], v[0, j] = point[j], following[j]
+            v[1, j], v[0, j] = point[j], there[j]
         how[2], how[3] = how[1], np.log2(len(c))
         open_read(counts)
     return read(s, v, how, weight, offsets, found, labels, copied, counts, looks)

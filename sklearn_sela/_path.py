@@ -1,6 +1,7 @@
 """The iterates of a fixed-point map, and where they lead: Anderson acceleration.
 
-In functions of arrays that numba, which reads may be fused by, can compile as they are.
+In functions of arrays that numba, which reads may be fused by, can compile as they are. (What it
+has compiled of them is out of date once they change, until ``_kernels_numba.py`` does, too.)
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ Vector = NDArray[np.float64]  # of one number per cluster
 
 MEMORY = 5  # changes from one iterate to the next that a step combines
 _RIDGE = 1e-10  # of the combination, relative to the square of the residual
-_ROUNDED = 1e-13  # and to those of the changes, which tell no less apart
-_LEAST = float(np.finfo(np.float64).tiny)
+_ROUNDED = 1e-13  # and relative to the changes' own: less is lost in rounding
+_LEAST = float(np.finfo(np.float64).tiny)  # where both are 0
 LENGTH, ERROR = 0, 1  # places of numbers
 POINT, RESIDUAL, NEXT = 0, 1, 2  # and of vectors
 
@@ -28,7 +29,7 @@ class Path(NamedTuple):
     """
 
     weight: Vector  # of each cluster, in the norm of residuals
-    numbers: Vector  # points since the path began, and the error of the last
+    numbers: Vector  # points since the path began, or began anew; and the error of the last
     vectors: NDArray[np.float64]  # the last point, its residual, and the point to try next
     changes: NDArray[np.float64]  # of the weighted residual, from each point to the next
     moves: NDArray[np.float64]  # and of the point plus its residual

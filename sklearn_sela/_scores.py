@@ -165,7 +165,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     on = torch.is_autocast_enabled(device.type)  # else not worth its time
     put("ieee" if each else "highest")
     try:
-        with torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext():
+        plain = torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+        with torch.no_grad(), plain:  # blocks are made within by code that is not ours
             yield
     finally:
         put(before)

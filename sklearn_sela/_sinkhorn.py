@@ -212,7 +212,7 @@ def sinkhorn_labels(
             solved = [(np.zeros_like(v), 1, 0.0) for v in starts]
         else:
             warm = potential is not None
-            solved = solve(reader, starts, marginals, reg, tol, max_iter, warm)
+            solved = solve(reader, starts, marginals, reg, tol, int(max_iter), warm)
         asks = [
             Ask(t, in_all(v - v.max(), used), reg)
             for t, ((v, _, _), (_, used)) in enumerate(zip(solved, marginals, strict=True))

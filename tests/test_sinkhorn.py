@@ -427,6 +427,24 @@ def test_gram_matrix_leaves_out_only_what_is_nothing(dtype):
     assert np.abs(np.diag(sums.gram) - sums.squares).max() < 1e-7
 
 
+@pytest.mark.parametrize(("k", "m"), [(100, 2), (400, 2), (100, 20)])
+def test_newton_finishes_what_reads_cannot_in_max_iter(k, m):
+    # A few kinds of rows, which have to be split between clusters.
+    kinds = np.random.default_rng(0).normal(size=(m, k)).astype(np.float32)
+    assert sinkhorn_labels(np.repeat(kinds, 4000 // m, axis=0), max_iter=30).converged
+
+
+def test_blocks_made_with_a_gradient_keep_none():
+    linear, seen = torch.nn.Linear(4, 3), []
+
+    def blocks():
+        seen.append(linear(torch.ones(5, 4)).requires_grad)
+        yield linear(torch.ones(5, 4))
+
+    sinkhorn_labels(blocks, warn=False, max_iter=5)
+    assert not any(seen[1:])  # the first are looked at before the solve
+
+
 # --- Anderson acceleration -------------------------------------------------------------------
 
 
