@@ -31,7 +31,7 @@ _ROUNDING = 1e7  # largest exponent over the L1 error of shares that float32 mak
 _FUSED_GAIN = 20  # plain reads take as many times as long as fused ones, about
 _LEAST_NOISE, _MOST_NOISE = 1e-5, 0.01  # that any sums make; that are of no use
 _ALONE = Shards()
-_NOTHING = 1e-15  # of a row, in products that take 100 times as long where they are subnormal
+_NEGLIGIBLE = 1e-15  # of a row, in products that take 100 times as long where they are subnormal
 _TIE = 1e-6  # entries of the solution closer than this, relatively, are tied
 
 
@@ -216,7 +216,7 @@ class Reader:
             rq = weight * q
             sums += torch.stack([rq.sum(0), (rq * q).sum(0)])
             if gram is not None:
-                some = F.threshold(q, _NOTHING, 0.0)
+                some = F.threshold(q, _NEGLIGIBLE, 0.0)
                 gram += (some.T @ (weight * some)).double()
                 value += float((r * z.logsumexp(1).double()).sum())
         return (sums,) if gram is None else (sums, value, gram)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]  # of one number per cluster
 
-MEMORY = 5  # changes from one iterate to the next that a step combines
+_MEMORY = 5  # changes from one iterate to the next that a step combines
 _RIDGE = 1e-10  # of the combination, relative to the square of the residual
 _ROUNDED = 1e-13  # and relative to the changes' own: less is lost in rounding
 _LEAST = float(np.finfo(np.float64).tiny)  # where both are 0
@@ -38,7 +38,7 @@ class Path(NamedTuple):
 def new_path(weight: Vector) -> Path:
     """A path of no points."""
     k = len(weight)
-    vectors, changes, moves = np.zeros((3, k)), np.zeros((MEMORY, k)), np.zeros((MEMORY, k))
+    vectors, changes, moves = np.zeros((3, k)), np.zeros((_MEMORY, k)), np.zeros((_MEMORY, k))
     return Path(weight, np.array([0.0, math.inf]), vectors, changes, moves)
 
 
@@ -46,7 +46,7 @@ def lengthen(path: Path, v: Vector, residual: Vector, error: float) -> None:
     """The next point, after that of the path."""
     n = int(path.numbers[LENGTH])
     if n > 0:
-        change, i = residual - path.vectors[RESIDUAL], (n - 1) % MEMORY
+        change, i = residual - path.vectors[RESIDUAL], (n - 1) % _MEMORY
         np.multiply(path.weight, change, path.changes[i])
         np.add(v - path.vectors[POINT], change, path.moves[i])
     np.positive(v, path.vectors[POINT])  # numba takes seconds to compile a slice's assignment
@@ -61,7 +61,7 @@ def following(path: Path) -> Vector:
     make most of it.
     """
     v = path.vectors[POINT] + path.vectors[RESIDUAL]
-    n = min(int(path.numbers[LENGTH]) - 1, MEMORY)
+    n = min(int(path.numbers[LENGTH]) - 1, _MEMORY)
     if n < 1:
         return v
     changes, residual = path.changes[:n], path.weight * path.vectors[RESIDUAL]
