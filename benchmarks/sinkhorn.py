@@ -203,28 +203,33 @@ def against_pot(log_p: np.ndarray, cold: float) -> list[str]:
 
 
 def linear() -> None:
-    """Time per entry of cold solves, K = 100, sizes taking turns; and of exact sizes beside it."""
+    """Time per entry of cold solves, K = 100, sizes taking turns; and of exact sizes beside it.
+
+    Each turn has scores of its own, so that no problem that takes a read less or more decides.
+    """
     from sklearn_sela import sinkhorn_labels
 
     def solve(scores: torch.Tensor, exact_sizes: bool = False) -> Callable:
         return lambda: sinkhorn_labels(scores, reg=REG, tol=TOL, exact_sizes=exact_sizes)
 
-    sizes = [network_scores(n, 100) for n in (10_000, 100_000, 1_000_000, 2_000_000)]
-    for scores in sizes:
-        solve(scores)()  # memory and compiled code are made
-    turns = [[timed(solve(s), 1 + 10_000_000 // s.numel())[0] for s in sizes] for _ in range(7)]
-    times = np.median(turns, axis=0)
-    for scores, seconds in zip(sizes, times, strict=True):
+    sizes, turns = (10_000, 100_000, 1_000_000, 2_000_000), []
+    for seed in range(7):
+        problems, turn = [network_scores(n, 100, seed) for n in sizes], []
+        for scores in problems:
+            solve(scores)()  # memory and compiled code are made
+        for scores in problems:
+            seconds, result = timed(solve(scores), 1 + 10_000_000 // scores.numel())
+            turn.append((1e9 * seconds / scores.numel(), result.n_iter))
+        print(", ".join(f"{each:.2f} ns ({reads} reads)" for each, reads in turn), flush=True)
+        turns.append([each for each, _ in turn])
+    for scores, each in zip(problems, np.median(turns, axis=0), strict=True):
         exact, rounded = timed(solve(scores, exact_sizes=True), 1)
-        each = 1e9 * seconds / scores.numel()
         print(
-            f"{len(scores):>9} x 100: {seconds:7.4f} s, {each:.2f} ns an entry, {rounded.n_iter} "
-            f"reads, {each / rounded.n_iter:.3f} ns an entry and read; exact sizes "
-            f"{exact:7.4f} s, at {rounded.rounding_cost:.1e} a sample",
+            f"{len(scores):>9} x 100: {each:.2f} ns an entry, with exact sizes "
+            f"{1e9 * exact / scores.numel():.2f}, at {rounded.rounding_cost:.1e} a sample",
             flush=True,
         )
-    each = np.array(turns) / [scores.numel() for scores in sizes]
-    ratios = each.max(1) / each.min(1)
+    ratios = np.max(turns, axis=1) / np.min(turns, axis=1)
     print(f"longest over shortest: {np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})")
 
 
@@ -333,7 +338,7 @@ def update() -> None:
         if method == "Newton":
             solver = _descent._newton(start, problem, TOL, 1000)
         elif method == "ours":
-            solver = _descent._descend(start, problem, TOL, 1000)
+            solver = _descent._descend(start, problem, np.array([TOL]), 1000)
         else:
             factor = {"Sinkhorn": 1.0, "over-relaxed by 1.5": 1.5}[method]
             for n in range(1, 1001):

@@ -14,16 +14,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklearn_sela._kernels import Ahead, Ask, Reader, Sums
-from sklearn_sela._marginals import Exact
-from sklearn_sela._path import ERROR, LENGTH, NEXT, POINT, Vector, following, lengthen, new_path
+from sklearn_sela._marginals import STARVED, Exact
+from sklearn_sela._path import (
+    BEFORE,
+    ERROR,
+    LENGTH,
+    LEVEL,
+    NEXT,
+    POINT,
+    READS,
+    SCALING,
+    Path,
+    Vector,
+    following,
+    lengthen,
+    new_path,
+    next_level,
+    reg_of,
+)
 
 _PATIENCE = 8  # reads between two looks at how fast the error falls
 _DAMPING = 1e-10  # least of a Newton step, below which its system may be singular
+_RESOLVED = 1e-5  # of a value, relative to the potential: about what rounding leaves of it
 _NEWTON_STEPS = 4  # that finish a solve, about, each a read with the Gram matrix
 _NEWTON_MAX = 1024  # clusters; beyond, its K x K systems cost more than they save
-_SCALING = 4.0  # factor between two levels of entropic regularisation
-_SPREAD = 64.0  # of the scores, in units of reg, that one level can do with
-_COARSE, _FINE = 0.1, 0.01  # L1 errors at which a level but the last is done with
+_SPREAD = 128.0  # of the scores, in units of reg, that one level can do with
+_FIRST, _COARSE, _FINE = 0.5, 0.1, 0.01  # L1 errors at which levels but the last are done with
 _FEW, _FEW_EACH = 1000, 4  # rows, in all or a cluster: of no more, single ones matter: _FINE
 _LEVEL_ITER = 100  # most reads of a level but the last, and before exact ones
 
@@ -84,9 +100,10 @@ def _solve(
     newton = _NEWTON_STEPS * reader.gram_cost if reader.k <= _NEWTON_MAX else math.inf
     alone = len(starts) == 1 and reader.shards.alone
     few = reader.n <= max(_FEW, _FEW_EACH * reader.k)
-    coarse = max(tol, _FINE if few else _COARSE)
+    aims = np.array([tol, *[_FINE if few else _COARSE] * (levels - 1), *[_FIRST] * (levels > 0)])
+    aims = np.maximum(aims, tol)
     solvers = [
-        _anneal(Ask(t, v, reg), _Problem(*marginal, newton, alone), levels, coarse, tol, budget)
+        _descend(Ask(t, v, reg), _Problem(*marginal, newton, alone), aims, budget)
         for t, (v, marginal, budget) in enumerate(zip(starts, marginals, budgets, strict=True))
     ]
     asks = {t: next(solver) for t, solver in enumerate(solvers)}
@@ -101,24 +118,7 @@ def _solve(
     return [solved[t] for t in range(len(solvers))]
 
 
-def _anneal(
-    start: Ask, problem: _Problem, levels: int, coarse: float, tol: float, max_iter: int
-) -> Solver:
-    """Approach a sharp problem through a falling sequence of reg; plain ones have one level."""
-    v, n_iter = start.v, 0
-    for level in range(levels, 0, -1):
-        here = start._replace(v=v, reg=start.reg * _SCALING**level)
-        budget = min(_LEVEL_ITER, max_iter - n_iter - level)
-        v, n, _ = yield from _descend(here, problem, coarse, budget, go_on=True)
-        n_iter += n
-    here = start._replace(v=v)
-    v, n, error = yield from _descend(here, problem, tol, max_iter - n_iter)
-    return v, n_iter + n, error
-
-
-def _descend(
-    start: Ask, problem: _Problem, tol: float, max_iter: int, go_on: bool = False
-) -> Solver:
+def _descend(start: Ask, problem: _Problem, aims: Vector, max_iter: int) -> Solver:
     """Minimise the convex semi-dual
 
         F(v) = reg * sum_i r_i logsumexp((s_i + v) / reg) + (the marginal's part),
@@ -130,48 +130,70 @@ def _descend(
     a failure the plain step follows, from the last point trusted. Where even that crawls (sharp
     problems, in which rows change cluster one at a time), damped Newton steps finish.
 
+    ``aims`` are the L1 errors to reach: the tolerance, and before it those of the levels of a
+    falling reg through which a sharp problem is approached, the first one last. Such a level is
+    left for the point that it would try next.
+
     A generator: yields where it wants to know the sums over the rows, and is sent them. Ends at
-    the best point seen, or, to ``go_on`` elsewhere, at the one that it would try next (Newton's
-    steps: at their best).
+    the best point seen.
     """
     marginal, used, newton, alone = problem
-    reg, v, path, n = start.reg, start.v, new_path(np.sqrt(marginal.c)), 0
-    best_v, best, checked = v, math.inf, math.inf
-    compiled = alone and type(marginal) is Exact and len(v) == len(used)
+    level = len(aims) - 1
+    path = new_path(np.sqrt(marginal.c), level)
+    numbers, best_v, best, checked = path.numbers, start.v, math.inf, math.inf
+    path.vectors[NEXT] = start.v
+    compiled = alone and type(marginal) is Exact and len(start.v) == len(used)
     while True:
-        length, look = path.numbers[LENGTH], min(max_iter, n + _PATIENCE - n % _PATIENCE)
-        # The read that ends at ``look`` is to be decided on here.
-        ahead = Ahead(marginal.c, float(tol), go_on, look - n - 1, path) if compiled else None
-        sums = yield start._replace(v=in_all(v, used), ahead=ahead)
-        if path.numbers[LENGTH] > length:  # points were taken by themselves: sums are of the next
-            n, v = n + int(path.numbers[LENGTH] - length), path.vectors[NEXT].copy()
-            if path.numbers[ERROR] < best:
-                best_v, best = path.vectors[POINT].copy(), float(path.numbers[ERROR])
-            if best <= tol:  # of the last of them, which sums are of then: to go on from
-                return v, n, best
-        n += 1
-        m = sums.m[used]
+        n, ahead = int(numbers[READS]), None
+        if compiled:  # up to the read that is to be decided on here
+            look = min(_last(path, max_iter), n + _PATIENCE - n % _PATIENCE)
+            ahead = Ahead(marginal.c, start.reg, aims, look - n - 1, path)
+        v = in_all(path.vectors[NEXT].copy(), used)
+        sums = yield start._replace(v=v, reg=reg_of(path, start.reg), ahead=ahead)
+        if numbers[LEVEL] < 0:
+            return path.vectors[POINT], int(numbers[READS]), float(numbers[ERROR])
+        numbers[READS] += 1
+        n, v, reg = int(numbers[READS]), path.vectors[NEXT].copy(), reg_of(path, start.reg)
+        if numbers[LEVEL] < level:
+            level, best, checked = int(numbers[LEVEL]), math.inf, math.inf
+        if numbers[LENGTH] > 0 and numbers[ERROR] < best:  # of a point that was taken by itself
+            best_v, best = path.vectors[POINT].copy(), float(numbers[ERROR])
+        m = np.maximum(sums.m[used], STARVED)
         target = marginal.target(v, m)
         error = float(np.abs(m - target).sum())
         if error < best:
             best_v, best = v, error
-        done = best <= tol or n == max_iter
-        if done and not go_on:
-            return best_v, n, best
-        if n % _PATIENCE == 0 and newton < math.inf and not done:
+        aim, left = aims[level], _last(path, max_iter) - n
+        if n % _PATIENCE == 0 and newton < math.inf and best > aim and left:
             rate = math.log(checked / best) / _PATIENCE
-            if math.log(best / tol) > rate * min(newton, max_iter - n):
-                here = start._replace(v=best_v)
-                v, extra, error = yield from _newton(here, problem, tol, max_iter - n)
-                return (v, n + extra, error) if error < best else (best_v, n + extra, best)
+            if math.log(best / aim) > rate * min(newton, left):
+                here = start._replace(v=best_v, reg=reg)
+                better, extra, error = yield from _newton(here, problem, aim, left)
+                numbers[READS] = n = n + extra
+                if error < best:
+                    best_v, best = better, error
+                if not level:
+                    return best_v, n, best
+                path.vectors[NEXT] = best_v
+                next_level(path)
+                continue
             checked = best
-        if error <= path.numbers[ERROR] or path.numbers[LENGTH] <= 1:
+        done = best <= aim or not left
+        if done and not level:
+            return best_v, n, best
+        if error <= numbers[ERROR] or numbers[LENGTH] <= 1:
             lengthen(path, v, marginal.step(v, m, target, sums.squares[used], reg) - v, error)
         else:  # the acceleration overshot: on from the last point trusted, anew
-            path.numbers[LENGTH] = 1
-        v = marginal.clip(following(path))
+            numbers[LENGTH] = 1
+        path.vectors[NEXT] = marginal.clip(following(path))
         if done:
-            return v, n, best
+            next_level(path)
+
+
+def _last(path: Path, max_iter: int) -> int:
+    """The read, of all, that ends the level at the latest; each that follows has one, at least."""
+    level, before = int(path.numbers[LEVEL]), int(path.numbers[BEFORE])
+    return min(before + _LEVEL_ITER, max_iter - level) if level else max_iter
 
 
 class _Point(NamedTuple):
@@ -192,7 +214,7 @@ def _newton(start: Ask, problem: _Problem, tol: float, max_iter: int) -> Solver:
     def at(v: Vector) -> Generator[Ask, Sums, _Point]:
         sums = yield start._replace(v=in_all(v, used), gram=True)
         assert sums.gram is not None
-        m, value = sums.m[used], sums.value + marginal.value(v)
+        m, value = np.maximum(sums.m[used], STARVED), sums.value + marginal.value(v)
         t = marginal.target(v, m)
         gram = sums.gram[np.ix_(used, used)]
         return _Point(v, m, t, float(np.abs(m - t).sum()), value, gram)
@@ -204,9 +226,12 @@ def _newton(start: Ask, problem: _Problem, tol: float, max_iter: int) -> Solver:
         there = yield from at(marginal.clip(here.v + step))
         n += 1
         # The value does not resolve small steps. A slope that still falls does, and so does
-        # half the error (any smaller error would let rounding walk in circles).
+        # half the error (any smaller error would let rounding walk in circles), of points that
+        # the value cannot tell apart: of others, far ones, it would walk in circles, too.
         falls = float((there.m - there.t) @ step) < 0
-        if there.value < here.value or falls or there.error < 0.5 * here.error:
+        apart = _RESOLVED * (start.reg + np.abs(here.v).max() + np.abs(there.v).max())
+        halved = there.error < 0.5 * here.error and there.value < here.value + apart
+        if there.value < here.value or falls or halved:
             here, mu = there, max(mu / 10, _DAMPING)
         else:
             mu *= 10
@@ -237,5 +262,5 @@ def in_all(v: Vector, used: NDArray[np.bool_]) -> Vector:
 
 def _levels(spread: float, max_iter: int) -> int:
     """Levels of reg above the last: none, unless it is far below the spread of the scores."""
-    levels = max(0, math.ceil(math.log(max(spread, 1.0) / _SPREAD, _SCALING)))
+    levels = max(0, math.ceil(math.log(max(spread, 1.0) / _SPREAD, SCALING)))
     return min(levels, max_iter - 1)  # one iteration each, at least

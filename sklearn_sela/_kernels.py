@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sklearn_sela._distributed import Shards
-from sklearn_sela._marginals import STARVED
 from sklearn_sela._path import Path
 from sklearn_sela._scores import Scores
 
@@ -39,14 +38,14 @@ class Ahead(NamedTuple):
     """How a solver goes on by itself, so that reads may save it the questions.
 
     As long as the L1 error of the shares is no more than that of the path's last point, it takes
-    the point into the path, and asks for the next one, at most ``most`` times (it may stop
-    sooner). At an error of ``tol`` it is done: the point is left to the solver to take, or, to
-    ``go_on`` elsewhere, taken, and the one after it found.
+    the point into the path, and asks for the next one: on the level of reg below, where the error
+    is no more than ``aims`` has for this one. On the last it is done then, and labels are what it
+    asks for next. It may stop sooner, and takes ``most`` points that are not the last.
     """
 
     c: NDArray[np.float64]  # the shares that it wants, (K,)
-    tol: float
-    go_on: bool
+    reg: float  # of the last level
+    aims: NDArray[np.float64]  # L1 errors, of the last level first
     most: int
     path: Path
 
@@ -239,7 +238,7 @@ class Reader:
         found: list[list[Largest]] = [[] for _ in asks]
         for rows, tiles in self._tiles(asks):
             for parts, ask, tile in zip(found, asks, tiles, strict=True):
-                fused = None if self._fused is None else self._fused.largest(tile, ask, _TIE)
+                fused = None if self._fused is None else self._fused.largest(tile, ask)
                 parts.append(Largest(*(fused or self._largest(ask, tile, rows))))
         return [parts[0] if len(parts) == 1 else self._joined(parts) for parts in found]
 
@@ -299,7 +298,6 @@ class Reader:
 
 def _as_sums(ask: Ask, sums: Any, value: Any = 0.0, gram: Any = None) -> Sums:
     m, squares = sums if isinstance(sums, np.ndarray) else sums.cpu().numpy()
-    m = np.maximum(m, STARVED)
     gram = gram.cpu().numpy() if isinstance(gram, Tensor) else gram
     return Sums(m, squares, ask.reg * float(value), gram)
 
@@ -369,4 +367,4 @@ def _fused_reads(scores: Scores, n_processes: int) -> Any:
         module = importlib.import_module(f"sklearn_sela._kernels_{name}")
     except (ImportError, RuntimeError):  # not installed, or no folder for numba to cache in
         return None
-    return module.FusedReads(scores) if scores.k <= module.WIDEST else None
+    return module.FusedReads(scores, _TIE) if scores.k <= module.WIDEST else None

@@ -39,9 +39,29 @@ from sklearn_sela._lanes import (
     total,
 )
 from sklearn_sela._marginals import STARVED, centred, step
-from sklearn_sela._path import ERROR, NEXT, following, lengthen
+from sklearn_sela._path import (
+    ERROR,
+    LENGTH,
+    LEVEL,
+    NEXT,
+    READS,
+    following,
+    lengthen,
+    next_level,
+    reg_of,
+)
 from sklearn_sela._scores import Scores
-from sklearn_sela._threads import COMPILE, STAY, Threads, all_done, finish, n_left, open_read, take
+from sklearn_sela._threads import (
+    COMPILE,
+    STAY,
+    Threads,
+    all_done,
+    close,
+    finish,
+    n_left,
+    open_read,
+    take,
+)
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
 ROWS = 512  # of a block, whose column sums are added up in float32
@@ -313,99 +333,143 @@ def read(  # type: ignore[no-untyped-def]
             _column_sums(s, start, stop, a, weight, offsets, found[block], copied, scratch)
         finish(counts)
         block = take(counts, len(found), looks)
+    if looks == 0 and how[0] == LABELS:  # of these rows, which all threads have by now
+        close(counts)
     return all_done(counts, len(found), looks)
 
 
 @njit(**COMPILE)
-def mean(found, n):  # type: ignore[no-untyped-def]
+def mean(found, n, out):  # type: ignore[no-untyped-def]
     """Sum of the blocks' over n."""
-    out = np.zeros(found.shape[1:])
+    for i in range(2):
+        for j in range(found.shape[2]):
+            out[i, j] = 0.0
     for block in range(len(found)):
-        out += found[block]
-    return out / n
+        for i in range(2):
+            for j in range(found.shape[2]):
+                out[i, j] += found[block, i, j]
+    for i in range(2):
+        for j in range(found.shape[2]):
+            out[i, j] /= n
 
 
 _EXACTLY = {**COMPILE, "fastmath": False}  # infinity is a number here
 _step, _centred = njit(**_EXACTLY)(step), njit(**_EXACTLY)(centred)
 _lengthen, _following = njit(**_EXACTLY)(lengthen), njit(**_EXACTLY)(following)
+_next_level, _reg_of = njit(**_EXACTLY)(next_level), njit(**_EXACTLY)(reg_of)
 
 
 @njit(**_EXACTLY)
-def _reads(  # type: ignore[no-untyped-def]
-    s, v, how, weight, offsets, found, labels, copied, counts, looks, ahead, n, reg
+def prepare(v, how, what, point, a):  # type: ignore[no-untyped-def]
+    """Put down what the next read is for, and which one it was that left offsets."""
+    if how[0] != LABELS:
+        np.positive(v[0], v[1])
+        how[2], how[3] = how[1], (0.0 if how[0] == SCAN else np.log2(v.shape[1]))
+    np.maximum(point, _NOTHING, v[0])  # infinity is no number to compiled code
+    how[0], how[1] = what, a
+
+
+@njit(**_EXACTLY)
+def _lead(  # type: ignore[no-untyped-def]
+    s, v, how, weight, offsets, found, labels, copied, counts, looks, n, sums, ahead
 ):
     """A read and those that follow, as far as ``Ahead`` goes: ``_descent._descend``, compiled.
 
     Between two reads of a small matrix, which push it out of the cache, Python takes as long as
     a read. Steps that overshoot, Newton's and the end are left to it.
     """
-    c, tol, go_on, most, path = ahead
-    before = n_left(counts)
-    for _ in range(most):
+    c, reg, aims, most, path = ahead
+    numbers, before = path.numbers, n_left(counts)
+    for i in range(most + 1):
         if not read(s, v, how, weight, offsets, found, labels, copied, counts, looks):
             return False
-        sums = mean(found, n)
-        m = np.maximum(sums[0], STARVED)
-        error = np.abs(m - c).sum()
-        if not error <= path.numbers[ERROR] or (error <= tol and not go_on):
-            return True
-        if n_left(counts) > before:  # others can be had again
-            return True
-        point = v[0].copy()
-        g = _centred(point + _step(m, c, sums[1], reg, np.inf), c) - point
-        _lengthen(path, point, g, error)
-        there = _centred(_following(path), c)
-        for j in range(len(c)):
-            path.vectors[NEXT, j] = there[j]
-        if error <= tol:
-            return True
-        for j in range(len(c)):
-            v[1, j], v[0, j] = point[j], there[j]
-        how[2], how[3] = how[1], np.log2(len(c))
+        mean(found, n, sums)
+        m, point = np.maximum(sums[0], STARVED), path.vectors[NEXT].copy()
+        error, level = np.abs(m - c).sum(), int(numbers[LEVEL])
+        done = error <= aims[level]
+        overshot = numbers[LENGTH] > 0 and not error <= numbers[ERROR]
+        if done and level == 0:
+            _lengthen(path, point, point, error)  # no step follows
+        elif i == most or overshot or n_left(counts) > before:  # those who left can be had again
+            break
+        else:
+            g = _centred(point + _step(m, c, sums[1], _reg_of(path, reg), np.inf), c) - point
+            _lengthen(path, point, g, error)
+            np.positive(_centred(_following(path), c), path.vectors[NEXT])
+        numbers[READS] += 1
+        if done:
+            _next_level(path)
+        if numbers[LEVEL] < 0:
+            prepare(v, how, LABELS, point, how[1])
+            open_read(counts)
+            return read(s, v, how, weight, offsets, found, labels, copied, counts, looks)
+        prepare(v, how, SUMS, path.vectors[NEXT], _LOG2E / _reg_of(path, reg))
         open_read(counts)
-    return read(s, v, how, weight, offsets, found, labels, copied, counts, looks)
+    return True
 
 
 class _Last(NamedTuple):
     """The last read that left offsets: at first the scan, whose row maxima are of scores."""
 
-    v: NDArray[np.float64]
+    v: Any = 0.0
     a: float = 1.0
-    off: float = 0.0  # how far they are from the largest exponents, at most
+    off: float = 0.0  # how far offsets are from the largest exponents, at most
 
 
 class _Rows:
     """Rows of scores in memory, read in as many threads as torch has and as are worth it."""
 
-    def __init__(self, tile: Tensor, weight: Tensor | None, offsets: Any, stay: int):
+    def __init__(
+        self,
+        tile: Tensor,
+        weight: Tensor | None,
+        offsets: Any,
+        tie: float,
+        stay: int,
+        last: _Last | None = None,
+    ):
         scores, (n, k) = tile.numpy(), tile.shape
         n_blocks = -(-n // ROWS)
-        self._v, self._how = np.empty((2, k)), np.empty(5)
-        self.found, self.labels = np.empty((n_blocks, 2, k)), np.empty(n, np.int64)
+        self._v, self._how = np.zeros((2, k)), np.array([SCAN, 1.0, 1.0, 0.0, tie])
+        if last is not None:
+            np.maximum(last.v, _NOTHING, out=self._v[1])
+            self._how[:4] = LABELS, 1.0, last.a, last.off
+        self._found, self.labels = np.empty((n_blocks, 2, k)), np.empty(n, np.int64)
         self.weighted = weight is not None
         w = np.empty(0, np.float32) if weight is None else weight.numpy()
         contiguous = scores.dtype == np.float32 and scores.strides[1] == 4
-        together = n * k >= (_TOGETHER if stay == 1 else _TOGETHER // 2)
+        together = n * k >= (_TOGETHER // 2 if stay == STAY else _TOGETHER)
         n_threads = torch.get_num_threads() if together else 1
-        rest = w, offsets, self.found, self.labels, None if contiguous else True
+        rest = w, offsets, self._found, self.labels, None if contiguous else True
         self._threads = Threads(read, n_blocks, n_threads, stay, scores, self._v, self._how, *rest)
 
-    def read(
-        self, what: int, v: Any, a: float, last: _Last, tie: float = 0.0, lead: Any = None
-    ) -> None:
-        np.maximum(last.v, _NOTHING, out=self._v[1])  # first: it may be the other
-        np.maximum(v, _NOTHING, out=self._v[0])  # infinity is no number to compiled code
-        self._how[:] = what, a, last.a, last.off, tie
-        self._threads.read(lead)
+    def scan(self) -> None:
+        """The first read, if any."""
+        self._threads.read()
+
+    def read(self, what: int, v: Any, a: float, n: int = 1, ahead: Any = None) -> Any:
+        """Sums over n, at v, or at the last point that ``ahead`` has asked for."""
+        prepare(self._v, self._how, what, v, a)
+        sums, lead = np.empty(self._v.shape), None
+        if ahead is not None:
+            lead = lambda *given: _lead(*given, n, sums, ahead)  # noqa: E731
+        in_time = self._threads.read(lead)
+        if self._how[0] == SUMS and (lead is None or not in_time):
+            mean(self._found, n, sums)
+        return sums
 
     @property
-    def v(self) -> NDArray[np.float64]:
-        """The potential of the last read."""
-        return self._v[0]
+    def last(self) -> _Last:
+        """Once labels were read."""
+        return _Last(self._v[1], *self._how[2:4].tolist())
+
+    def labelled(self, v: Any, a: float) -> bool:
+        """Whether ``labels`` are those at v."""
+        return self._how[0] == LABELS and self._how[1] == a and bool((self._v[0] == v).all())
 
     def most(self) -> tuple[float, float]:
         """The greatest of the two numbers that a scan, or labels, found in each block."""
-        first, second = self.found[:, :, 0].T.tolist()
+        first, second = self._found[:, :, 0].T.tolist()
         return max(first), max(second)
 
     def close(self) -> None:
@@ -415,9 +479,10 @@ class _Rows:
 class FusedReads:
     """The three reads, in as many threads as torch has; their sums do not depend on how many."""
 
-    def __init__(self, scores: Scores):
+    def __init__(self, scores: Scores, tie: float):
+        self._tie = tie * _LOG2E  # largest entries of a row that are as close are tied
         self._offsets: list[Any] = [[] for _ in range(scores.n_heads)]  # of each row's exponents
-        self._last = [_Last(np.zeros(scores.k))] * scores.n_heads
+        self._last = [_Last()] * scores.n_heads
         self._kept: dict[int, _Rows] = {}  # of matrices in memory, the same at each read
         self._whole = scores.whole()
         # Threads that stay for one head's next read would not be there for another's.
@@ -427,8 +492,8 @@ class FusedReads:
         """(widest row, largest magnitude); None if not all scores are finite."""
         tops = np.empty(len(tile), np.float32)
         self._offsets[head].append(tops)
-        rows = self._rows(tile, head, None, tops)
-        rows.read(SCAN, 0.0, 1.0, self._last[head])
+        rows = self._rows(tile, head, None, tops, None)
+        rows.scan()
         wide, bits = rows.most()
         (largest,) = struct.unpack("f", struct.pack("i", int(bits)))
         return (wide, largest) if math.isfinite(largest) else None
@@ -439,38 +504,35 @@ class FusedReads:
         if isinstance(offsets, list):  # scanned, and not read before
             offsets = np.concatenate(offsets) if len(offsets) > 1 else offsets[0]
             self._offsets[ask.head] = offsets
-        off = math.log2(len(ask.v))
-        self._last[ask.head] = _Last(ask.v, a, off)
-        go_on = self._whole and ask.ahead is not None
+        if not self._whole:
+            self._last[ask.head] = _Last(ask.v, a, math.log2(len(ask.v)))
 
         def read(tile: Tensor, of: slice) -> NDArray[np.float64]:
             w = None if weight is None else weight[of]
-            rows = self._rows(tile, ask.head, w, offsets[of])
-            if go_on:
-                lead = lambda *given: _reads(*given, ask.ahead, n, float(ask.reg))  # noqa: E731
-                rows.read(SUMS, ask.v, a, last, lead=lead)
-                self._last[ask.head] = _Last(rows.v, a, off)
-            else:
-                rows.read(SUMS, ask.v, a, last)
-            return mean(rows.found, n)
+            rows = self._rows(tile, ask.head, w, offsets[of], last)
+            return rows.read(SUMS, ask.v, a, n, ask.ahead if self._whole else None)
 
         return read
 
-    def largest(self, tile: Tensor, ask: Any, tie: float) -> tuple[Tensor, float, float]:
+    def largest(self, tile: Tensor, ask: Any) -> tuple[Tensor, float, float]:
         """The largest entry of each row, -1 less it where there are ties; least and greatest."""
-        rows = self._kept.pop(ask.head, None) or _Rows(tile, None, np.empty(0, np.float32), 1)
-        rows.read(LABELS, ask.v, _LOG2E / ask.reg, self._last[ask.head], tie * _LOG2E)
-        rows.close()
-        negative, most = rows.most()
+        rows, a = self._kept.pop(ask.head, None), _LOG2E / ask.reg
+        if rows is None:
+            rows = _Rows(tile, None, np.empty(0, np.float32), self._tie, 1, self._last[ask.head])
+        if not rows.labelled(ask.v, a):
+            rows.read(LABELS, ask.v, a)
+        self._last[ask.head], (negative, most) = rows.last, rows.most()
         return torch.from_numpy(rows.labels), -negative, most
 
-    def _rows(self, tile: Tensor, head: int, weight: Tensor | None, offsets: Any) -> _Rows:
+    def _rows(
+        self, tile: Tensor, head: int, weight: Tensor | None, offsets: Any, last: _Last | None
+    ) -> _Rows:
         known = self._kept.get(head)
         if known is not None:
             if weight is None or known.weighted:
                 return known
             known.close()  # scanned before weights were known
-        rows = _Rows(tile, weight, offsets, self._stay)
+        rows = _Rows(tile, weight, offsets, self._tie, self._stay, last)
         if self._whole:
             self._kept[head] = rows
         return rows

@@ -77,7 +77,7 @@ def _processors(device: torch.device) -> int:
 class FusedReads:
     """The read that every iteration makes; what is read once or twice is left to torch."""
 
-    def __init__(self, scores: Scores):
+    def __init__(self, scores: Scores, tie: float):
         self._device = scores.device
 
     def scan(self, tile: Tensor, head: int) -> None:
@@ -95,5 +95,5 @@ class FusedReads:
 
         return read
 
-    def largest(self, tile: Tensor, ask: Any, tie: float) -> None:
+    def largest(self, tile: Tensor, ask: Any) -> None:
         """Left to torch."""

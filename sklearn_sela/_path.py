@@ -1,4 +1,4 @@
-"""The iterates of a fixed-point map, and where they lead: Anderson acceleration.
+"""The iterates of a fixed-point map, and where they lead: Anderson acceleration, level by level.
 
 In functions of arrays that numba, which reads may be fused by, can compile as they are. (What it
 has compiled of them is out of date once they change, until ``_kernels_numba.py`` does, too.)
@@ -14,32 +14,48 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]  # of one number per cluster
 
+SCALING = 4.0  # factor between two levels of entropic regularisation
 _MEMORY = 5  # changes from one iterate to the next that a step combines
 _RIDGE = 1e-10  # of the combination, relative to the square of the residual
 _ROUNDED = 1e-13  # and relative to the changes' own: less is lost in rounding
 _LEAST = float(np.finfo(np.float64).tiny)  # where both are 0
-LENGTH, ERROR = 0, 1  # places of numbers
-POINT, RESIDUAL, NEXT = 0, 1, 2  # and of vectors
+LENGTH, ERROR, LEVEL, READS, BEFORE, _NUMBERS = range(6)  # places of numbers
+POINT, RESIDUAL, NEXT = range(3)  # and of vectors
 
 
 class Path(NamedTuple):
     """The last points of an iteration, changed in place.
 
-    A residual is what a plain step adds to a point.
+    A residual is what a plain step adds to a point. The numbers are the points since the path
+    began, or began anew; the error of the last; the level of reg that it is at, counted down to
+    0, and to -1 when the last point is the end; the reads made in all, and before this level.
     """
 
     weight: Vector  # of each cluster, in the norm of residuals
-    numbers: Vector  # points since the path began, or began anew; and the error of the last
+    numbers: Vector
     vectors: NDArray[np.float64]  # the last point, its residual, and the point to try next
     changes: NDArray[np.float64]  # of the weighted residual, from each point to the next
     moves: NDArray[np.float64]  # and of the point plus its residual
 
 
-def new_path(weight: Vector) -> Path:
-    """A path of no points."""
-    k = len(weight)
+def new_path(weight: Vector, level: int = 0) -> Path:
+    """A path of no points, to begin at 0."""
+    k, numbers = len(weight), np.zeros(_NUMBERS)
     vectors, changes, moves = np.zeros((3, k)), np.zeros((_MEMORY, k)), np.zeros((_MEMORY, k))
-    return Path(weight, np.array([0.0, math.inf]), vectors, changes, moves)
+    numbers[ERROR], numbers[LEVEL] = math.inf, level
+    return Path(weight, numbers, vectors, changes, moves)
+
+
+def next_level(path: Path) -> None:
+    """On, from the point to try next, to the level below, where points are of another map."""
+    numbers = path.numbers
+    numbers[LEVEL] -= 1
+    numbers[LENGTH], numbers[BEFORE] = 0, numbers[READS]
+
+
+def reg_of(path: Path, reg: float) -> float:
+    """Of its level, where that of the last one is ``reg``."""
+    return float(reg * SCALING ** path.numbers[LEVEL])
 
 
 def lengthen(path: Path, v: Vector, residual: Vector, error: float) -> None:

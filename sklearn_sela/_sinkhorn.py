@@ -214,7 +214,7 @@ def sinkhorn_labels(
             warm = potential is not None
             solved = solve(reader, starts, marginals, reg, tol, int(max_iter), warm)
         asks = [
-            Ask(t, in_all(v - v.max(), used), reg)
+            Ask(t, in_all(v, used), reg)
             for t, ((v, _, _), (_, used)) in enumerate(zip(solved, marginals, strict=True))
         ]
         errors = [error for _, _, error in solved]
@@ -232,7 +232,7 @@ def sinkhorn_labels(
                 cost.append(round_labels(reader, ask, own, size_limits(shares, reader.n)))
         assignment = [_assignment(reader, ask) for ask in asks] if return_assignment else None
     iterations, converged = [n for _, n, _ in solved], [error <= tol for error in errors]
-    potentials: list[Any] = [ask.v for ask in asks]
+    potentials: list[Any] = [ask.v - ask.v.max() for ask in asks]
     if source.device.type != "cpu":
         potentials = [torch.from_numpy(v).to(source.device) for v in potentials]
     fields = (labels, potentials, iterations, errors, converged, assignment, cost)

@@ -105,8 +105,8 @@ def n_left(counts):  # type: ignore[no-untyped-def]
 
 
 @njit(**COMPILE)
-def _close(counts):  # type: ignore[no-untyped-def]
-    """Send those away who look out for another read."""
+def close(counts):  # type: ignore[no-untyped-def]
+    """Send those away who look out for another read; those of an open one are done first."""
     _set(counts, _NEXT, -_READ)
 
 
@@ -135,8 +135,8 @@ class Threads:
         self._n_others, self._n_sent = n - 1, 0
         self._others: list[Future[None]] = []
 
-    def read(self, lead: Any = None) -> None:
-        """A read of all blocks.
+    def read(self, lead: Any = None) -> bool:
+        """A read of all blocks; whether they were done when this thread was.
 
         ``lead`` is what this thread does in it instead of the kernel, with the same arguments;
         it may open others, and returns whether all blocks of the last are done.
@@ -148,17 +148,18 @@ class Threads:
             pool, work = _pool(self._n_others), partial(self._kernel, *self._arguments)
             self._others += [pool.submit(work, self._stay) for _ in range(missing)]
             self._n_sent += missing
-        done = _flushed(lead or self._kernel, *self._arguments, 0)
+        in_time = done = _flushed(lead or self._kernel, *self._arguments, 0)
         while not done:
             for other in self._others:
                 if other.done():
                     other.result()  # its error
             time.sleep(_PAUSE)
             done = all_done(self._counts, self._n_blocks)
+        return bool(in_time)
 
     def close(self) -> None:
         """No read follows: threads are free for something else."""
-        _close(self._counts)
+        close(self._counts)
 
 
 def _flushed(function: Any, *arguments: Any) -> Any:

@@ -450,7 +450,7 @@ assert torch.allclose(
     _kernels_triton.column_sums(wide.T, 1.0, torch.zeros(20), None),
     _kernels_triton.column_sums(wide.T.contiguous(), 1.0, torch.zeros(20), None),
 )
-_kernels._fused_reads = lambda scores, n_processes: _kernels_triton.FusedReads(scores)
+_kernels._fused_reads = lambda scores, n_processes: _kernels_triton.FusedReads(scores, 0.0)
 scores = torch.randn(300, 6)
 reader = Reader(Scores(scores), None, 0.04, 1e-3)
 sums = reader.sums([Ask(0, np.zeros(6), 0.04)])[0]

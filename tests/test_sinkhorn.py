@@ -681,6 +681,16 @@ def test_fine_tolerances_are_reached_from_float32_scores():
         assert result.converged
 
 
+def test_newton_steps_between_far_points_come_to_an_end():
+    rng = np.random.default_rng(0)
+    for lead in np.linspace(0.5, 1.7, 30):  # all rows want one cluster, which may have a fifth
+        scores = 0.1 * rng.normal(size=(30, 8))
+        scores[:, 0] += lead
+        result = sinkhorn_labels(scores, reg=0.01, max_share=0.2, potential=np.zeros(8))
+        assert result.converged
+        assert result.n_iter < 100
+
+
 def test_singular_newton_systems_are_damped():
     rng = np.random.default_rng(0)
     for _ in range(200):  # few rows, far apart: most moves of the potential change nothing
