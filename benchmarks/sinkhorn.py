@@ -202,35 +202,44 @@ def against_pot(log_p: np.ndarray, cold: float) -> list[str]:
     return out
 
 
-def linear() -> None:
-    """Time per entry of cold solves, K = 100, sizes taking turns; and of exact sizes beside it.
+def linear(k: int) -> None:
+    """Time per entry of cold solves with K clusters, sizes taking turns; exact sizes beside it.
 
-    Each turn has scores of its own, so that no problem that takes a read less or more decides.
+    Each turn has scores of its own, so that no problem that takes a read less or more decides, and
+    solves each size for about as long. "At first" are the solves right after those of other sizes,
+    which have pushed all else out of the caches.
     """
     from sklearn_sela import sinkhorn_labels
 
     def solve(scores: torch.Tensor, exact_sizes: bool = False) -> Callable:
         return lambda: sinkhorn_labels(scores, reg=REG, tol=TOL, exact_sizes=exact_sizes)
 
-    sizes, turns = (10_000, 100_000, 1_000_000, 2_000_000), []
+    sizes = [entries // k for entries in (10**6, 10**7, 10**8, 2 * 10**8)]
+    turns = []
     for seed in range(7):
-        problems, turn = [network_scores(n, 100, seed) for n in sizes], []
+        problems, turn = [network_scores(n, k, seed) for n in sizes], []
         for scores in problems:
             solve(scores)()  # memory and compiled code are made
         for scores in problems:
-            seconds, result = timed(solve(scores), 1 + 10_000_000 // scores.numel())
-            turn.append((1e9 * seconds / scores.numel(), result.n_iter))
-        print(", ".join(f"{each:.2f} ns ({reads} reads)" for each, reads in turn), flush=True)
-        turns.append([each for each, _ in turn])
-    for scores, each in zip(problems, np.median(turns, axis=0), strict=True):
+            first, _ = timed(solve(scores), 1)
+            seconds, result = timed(solve(scores), 1 + 10**8 // scores.numel())
+            turn.append(np.array([first, seconds]) * 1e9 / scores.numel())
+            print(f"{turn[-1][1]:.2f} ns ({result.n_iter} reads)  ", end="", flush=True)
+        turns.append(turn)
+        print()
+    at_first, each = np.moveaxis(turns, 2, 0)
+    for i, scores in enumerate(problems):
         exact, rounded = timed(solve(scores, exact_sizes=True), 1)
         print(
-            f"{len(scores):>9} x 100: {each:.2f} ns an entry, with exact sizes "
+            f"{len(scores):>9} x {k}: {np.median(each[:, i]):.2f} ns an entry, "
+            f"{np.median(at_first[:, i]):.2f} at first; with exact sizes "
             f"{1e9 * exact / scores.numel():.2f}, at {rounded.rounding_cost:.1e} a sample",
             flush=True,
         )
-    ratios = np.max(turns, axis=1) / np.min(turns, axis=1)
-    print(f"longest over shortest: {np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})")
+    for name, times in (("", each), (" at first", at_first)):
+        ratios = times.max(1) / times.min(1)
+        middle = f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})"
+        print(f"longest over shortest{name}: {middle}")
 
 
 def memmap(gigabytes: float) -> None:
@@ -370,7 +379,7 @@ def update() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sizes", nargs="*")
-    parser.add_argument("--linear", action="store_true")
+    parser.add_argument("--linear", type=int, nargs="?", const=100, metavar="K")
     parser.add_argument("--memmap", type=float, metavar="GB")
     parser.add_argument("--oracle", action="store_true")
     parser.add_argument("--update", action="store_true")
@@ -382,7 +391,7 @@ def main() -> None:
     elif options.file:
         solve_file(options.file)
     elif options.linear:
-        linear()
+        linear(options.linear)
     elif options.memmap:
         memmap(options.memmap)
     elif options.oracle:

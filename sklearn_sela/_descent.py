@@ -147,7 +147,7 @@ def _descend(start: Ask, problem: _Problem, aims: Vector, max_iter: int) -> Solv
         n, ahead = int(numbers[READS]), None
         if compiled:  # up to the read that is to be decided on here
             look = min(_last(path, max_iter), n + _PATIENCE - n % _PATIENCE)
-            ahead = Ahead(marginal.c, start.reg, aims, look - n - 1, path)
+            ahead = Ahead(marginal.c, start.reg, aims, look - 1, path)
         v = in_all(path.vectors[NEXT].copy(), used)
         sums = yield start._replace(v=v, reg=reg_of(path, start.reg), ahead=ahead)
         if numbers[LEVEL] < 0:

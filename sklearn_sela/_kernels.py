@@ -40,7 +40,7 @@ class Ahead(NamedTuple):
     As long as the L1 error of the shares is no more than that of the path's last point, it takes
     the point into the path, and asks for the next one: on the level of reg below, where the error
     is no more than ``aims`` has for this one. On the last it is done then, and labels are what it
-    asks for next. It may stop sooner, and takes ``most`` points that are not the last.
+    asks for next. It may stop sooner, and asks for no more once it has ``most`` reads.
     """
 
     c: NDArray[np.float64]  # the shares that it wants, (K,)

@@ -64,7 +64,8 @@ from sklearn_sela._threads import (
 )
 
 WIDEST = 1 << 24  # columns, whose numbers are exact in float32
-ROWS = 512  # of a block, whose column sums are added up in float32
+ROWS = 512  # whose column sums are added up in float32
+_MOST_BLOCKS = 1024  # of as many times ROWS as it takes
 _FAR, _NEAR = 8192, 512  # entries between what is read and what is asked for
 _TOGETHER = 1 << 19  # entries from which on other threads are worth waking; half if they stay
 _TOO_FAR = 60.0  # for exponents of two to move between two reads, whose offsets are then no use
@@ -76,6 +77,8 @@ _ROUNDED = _F(1.5 * 2**23)  # added to a number, it leaves no bits for a fractio
 _C0, _C1, _C2 = _F(1), _F(6.931472029e-1), _F(2.402264791e-1)  # of 2 ** f, |f| <= 1/2
 _C3, _C4, _C5 = _F(5.550332471e-2), _F(9.618437358e-3), _F(1.339887440e-3)
 SCAN, SUMS, LABELS = 0, 1, 2  # what a read is for
+WHAT, A, A_THEN, OFF_THEN, TIE, READ = range(6)  # of how it is made, see read
+LATE, ENDED, ALONE = 0, 1, 2  # how reads that follow each other went
 _NOTHING = _F(-1e30)  # power of a cluster that gets nothing
 
 
@@ -199,6 +202,8 @@ def _scan(s, start, stop, tops, found):  # type: ignore[no-untyped-def]
     wide, bits, k = _F(0), np.int32(0), s.shape[1]
     for i in range(start, stop):
         _prefetch_row(s, i + max(2, _FAR // k))
+        for j in range(0, k, LANES):
+            _prefetch_near(s, i + max(2, _NEAR // k), j)
         high, low = _LOW, _HIGH
         for j in range(k):
             x = _F(s[i, j])
@@ -222,7 +227,7 @@ def _largest_exponents(s, start, stop, g, a, offsets):  # type: ignore[no-untype
 def _column_sums(  # type: ignore[no-untyped-def]
     s, start, stop, a, weight, offsets, found, copied, scratch
 ):
-    """Sums over the rows of weight (none: 1) times q and q ** 2, q ~ 2 ** (a * s + gains).
+    """Add sums over the rows of weight (none: 1) times q and q ** 2, q ~ 2 ** (a * s + gains).
 
     ``offsets`` are what is taken off a row's exponents so that they do not overflow: the logarithm
     of their sum, about, from where they were last. Rows are taken in twos, which halves the work
@@ -264,7 +269,8 @@ def _column_sums(  # type: ignore[no-untyped-def]
     for i in range(start, stop):
         offsets[i] += _F((_magnitude(of_row[i - start]) >> 23) - 127)  # its exponent
     for j in range(k):  # a slice would take 2 s more to compile
-        found[0, j], found[1, j] = sums[0, j], sums[1, j]
+        found[0, j] += sums[0, j]
+        found[1, j] += sums[1, j]
 
 
 @njit(**COMPILE)
@@ -299,23 +305,31 @@ def _labels(s, start, stop, a, tie, labels, found, copied, scratch):  # type: ig
 
 
 @njit(**COMPILE)
+def rows_of_block(n):  # type: ignore[no-untyped-def]
+    """Of n rows."""
+    return ROWS * max(1, -(-n // (ROWS * _MOST_BLOCKS)))
+
+
+@njit(**COMPILE)
 def read(  # type: ignore[no-untyped-def]
     s, v, how, weight, offsets, found, labels, copied, counts, looks
 ):
     """Blocks of rows as they are free: into found[block] or, of each row, labels.
 
-    ``v`` holds the potential and that of the last read, ``how`` what this one is for, a now and
-    then, how far offsets may have been off then, and what is a tie.
+    ``v`` holds the potential and that of the last read that left offsets; ``how`` what this one
+    is for, a now and then, how far offsets may have been off then, what is a tie, and whether a
+    read has been made but not used yet.
     """
     k = s.shape[1]
     e, sums, room = _rows_of(2, k, _F(0)), _rows_of(2, k, _F(0)), _rows_of(2, k, _F(0))
     gains = _rows_of(1, k, _NOTHING)
     of_row, over = np.empty(ROWS, np.float32), np.empty(4, np.float32)
+    n_rows = rows_of_block(len(s))
     block = take(counts, len(found), looks)
     while block >= 0:
-        start, stop = block * ROWS, min((block + 1) * ROWS, len(s))
-        what, a, scaled, off, tie = how[0], how[1], _F(how[1] / how[2]), how[3], how[4]
-        moved, most = 0.0 if scaled == _F(1) else scaled * off, 0.0
+        start, stop = block * n_rows, min((block + 1) * n_rows, len(s))
+        what, a, scaled = how[WHAT], how[A], _F(how[A] / how[A_THEN])
+        moved, most = 0.0 if scaled == _F(1) else scaled * how[OFF_THEN], 0.0
         for j in range(k):
             power, before = max(v[0, j] * a, _NOTHING), max(v[1, j] * a, _NOTHING)
             gains[0, j], most = power, max(most, abs(power - before))
@@ -323,17 +337,21 @@ def read(  # type: ignore[no-untyped-def]
         if what == SCAN:
             _scan(s, start, stop, offsets, found[block])
         elif what == LABELS:
-            _labels(s, start, stop, a, _F(tie), labels, found[block], copied, scratch)
+            _labels(s, start, stop, a, _F(how[TIE]), labels, found[block], copied, scratch)
         else:
             if moved + most > _TOO_FAR:
                 _largest_exponents(s, start, stop, gains[0], a, offsets)
             elif scaled != _F(1):
                 for i in range(start, stop):
                     offsets[i] *= scaled
-            _column_sums(s, start, stop, a, weight, offsets, found[block], copied, scratch)
+            for j in range(k):
+                found[block, 0, j] = found[block, 1, j] = 0.0
+            for i in range(start, stop, ROWS):
+                end = min(i + ROWS, stop)
+                _column_sums(s, i, end, a, weight, offsets, found[block], copied, scratch)
         finish(counts)
         block = take(counts, len(found), looks)
-    if looks == 0 and how[0] == LABELS:  # of these rows, which all threads have by now
+    if looks == 0 and how[WHAT] == LABELS:  # of these rows, which all threads have by now
         close(counts)
     return all_done(counts, len(found), looks)
 
@@ -362,11 +380,11 @@ _next_level, _reg_of = njit(**_EXACTLY)(next_level), njit(**_EXACTLY)(reg_of)
 @njit(**_EXACTLY)
 def prepare(v, how, what, point, a):  # type: ignore[no-untyped-def]
     """Put down what the next read is for, and which one it was that left offsets."""
-    if how[0] != LABELS:
+    if how[WHAT] != LABELS:
         np.positive(v[0], v[1])
-        how[2], how[3] = how[1], (0.0 if how[0] == SCAN else np.log2(v.shape[1]))
+        how[A_THEN], how[OFF_THEN] = how[A], (0.0 if how[WHAT] == SCAN else np.log2(v.shape[1]))
     np.maximum(point, _NOTHING, v[0])  # infinity is no number to compiled code
-    how[0], how[1] = what, a
+    how[WHAT], how[A] = what, a
 
 
 @njit(**_EXACTLY)
@@ -376,13 +394,20 @@ def _lead(  # type: ignore[no-untyped-def]
     """A read and those that follow, as far as ``Ahead`` goes: ``_descent._descend``, compiled.
 
     Between two reads of a small matrix, which push it out of the cache, Python takes as long as
-    a read. Steps that overshoot, Newton's and the end are left to it.
+    a read. Steps that overshoot, Newton's and the end are left to it. So is it to wait for a
+    thread that is late, and to call for others where some have left: it comes back then, as a
+    step made elsewhere would not be the same to the last bit.
     """
     c, reg, aims, most, path = ahead
     numbers, before = path.numbers, n_left(counts)
-    for i in range(most + 1):
-        if not read(s, v, how, weight, offsets, found, labels, copied, counts, looks):
-            return False
+    while True:
+        if not how[READ]:
+            how[READ] = 1.0
+            if not read(s, v, how, weight, offsets, found, labels, copied, counts, looks):
+                return LATE
+        how[READ] = 0.0
+        if how[WHAT] == LABELS:
+            return ENDED
         mean(found, n, sums)
         m, point = np.maximum(sums[0], STARVED), path.vectors[NEXT].copy()
         error, level = np.abs(m - c).sum(), int(numbers[LEVEL])
@@ -390,8 +415,8 @@ def _lead(  # type: ignore[no-untyped-def]
         overshot = numbers[LENGTH] > 0 and not error <= numbers[ERROR]
         if done and level == 0:
             _lengthen(path, point, point, error)  # no step follows
-        elif i == most or overshot or n_left(counts) > before:  # those who left can be had again
-            break
+        elif numbers[READS] >= most or overshot:
+            return ENDED
         else:
             g = _centred(point + _step(m, c, sums[1], _reg_of(path, reg), np.inf), c) - point
             _lengthen(path, point, g, error)
@@ -400,12 +425,12 @@ def _lead(  # type: ignore[no-untyped-def]
         if done:
             _next_level(path)
         if numbers[LEVEL] < 0:
-            prepare(v, how, LABELS, point, how[1])
-            open_read(counts)
-            return read(s, v, how, weight, offsets, found, labels, copied, counts, looks)
-        prepare(v, how, SUMS, path.vectors[NEXT], _LOG2E / _reg_of(path, reg))
+            prepare(v, how, LABELS, point, how[A])
+        else:
+            prepare(v, how, SUMS, path.vectors[NEXT], _LOG2E / _reg_of(path, reg))
+        if n_left(counts) > before:
+            return ALONE
         open_read(counts)
-    return True
 
 
 class _Last(NamedTuple):
@@ -429,11 +454,11 @@ class _Rows:
         last: _Last | None = None,
     ):
         scores, (n, k) = tile.numpy(), tile.shape
-        n_blocks = -(-n // ROWS)
-        self._v, self._how = np.zeros((2, k)), np.array([SCAN, 1.0, 1.0, 0.0, tie])
+        n_blocks = -(-n // rows_of_block.py_func(n))
+        self._v, self._how = np.zeros((2, k)), np.array([SCAN, 1.0, 1.0, 0.0, tie, 0.0])
         if last is not None:
             np.maximum(last.v, _NOTHING, out=self._v[1])
-            self._how[:4] = LABELS, 1.0, last.a, last.off
+            self._how[:READ] = LABELS, 1.0, last.a, last.off, tie
         self._found, self.labels = np.empty((n_blocks, 2, k)), np.empty(n, np.int64)
         self.weighted = weight is not None
         w = np.empty(0, np.float32) if weight is None else weight.numpy()
@@ -450,22 +475,26 @@ class _Rows:
     def read(self, what: int, v: Any, a: float, n: int = 1, ahead: Any = None) -> Any:
         """Sums over n, at v, or at the last point that ``ahead`` has asked for."""
         prepare(self._v, self._how, what, v, a)
-        sums, lead = np.empty(self._v.shape), None
-        if ahead is not None:
-            lead = lambda *given: _lead(*given, n, sums, ahead)  # noqa: E731
-        in_time = self._threads.read(lead)
-        if self._how[0] == SUMS and (lead is None or not in_time):
-            mean(self._found, n, sums)
+        sums = np.empty(self._v.shape)
+        if ahead is None:
+            self._threads.read()
+            if what == SUMS:
+                mean(self._found, n, sums)
+            return sums
+        lead = lambda *given: _lead(*given, n, sums, ahead)  # noqa: E731
+        went = self._threads.read(lead)
+        while went != ENDED:
+            went = self._threads.go_on(lead) if went == LATE else self._threads.read(lead)
         return sums
 
     @property
     def last(self) -> _Last:
         """Once labels were read."""
-        return _Last(self._v[1], *self._how[2:4].tolist())
+        return _Last(self._v[1], *self._how[A_THEN:TIE].tolist())
 
     def labelled(self, v: Any, a: float) -> bool:
         """Whether ``labels`` are those at v."""
-        return self._how[0] == LABELS and self._how[1] == a and bool((self._v[0] == v).all())
+        return self._how[WHAT] == LABELS and self._how[A] == a and bool((self._v[0] == v).all())
 
     def most(self) -> tuple[float, float]:
         """The greatest of the two numbers that a scan, or labels, found in each block."""

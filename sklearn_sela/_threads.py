@@ -135,11 +135,11 @@ class Threads:
         self._n_others, self._n_sent = n - 1, 0
         self._others: list[Future[None]] = []
 
-    def read(self, lead: Any = None) -> bool:
-        """A read of all blocks; whether they were done when this thread was.
+    def read(self, lead: Any = None) -> int:
+        """A read of all blocks.
 
         ``lead`` is what this thread does in it instead of the kernel, with the same arguments;
-        it may open others, and returns whether all blocks of the last are done.
+        it may open others, and returns a number, 0 where not all blocks of the last are done.
         """
         open_read(self._counts)
         # They count themselves out: to be done, a future waits for this thread to pause.
@@ -148,14 +148,18 @@ class Threads:
             pool, work = _pool(self._n_others), partial(self._kernel, *self._arguments)
             self._others += [pool.submit(work, self._stay) for _ in range(missing)]
             self._n_sent += missing
-        in_time = done = _flushed(lead or self._kernel, *self._arguments, 0)
+        return self.go_on(lead)
+
+    def go_on(self, lead: Any = None) -> int:
+        """What this thread does in a read that is open, and wait until all blocks are done."""
+        went = done = _flushed(lead or self._kernel, *self._arguments, 0)
         while not done:
             for other in self._others:
                 if other.done():
                     other.result()  # its error
             time.sleep(_PAUSE)
             done = all_done(self._counts, self._n_blocks)
-        return bool(in_time)
+        return int(went)
 
     def close(self) -> None:
         """No read follows: threads are free for something else."""

@@ -283,6 +283,16 @@ def test_results_do_not_depend_on_the_number_of_threads(fused):
         assert (other.potential == results[0].potential).all()
 
 
+def test_results_do_not_depend_on_when_threads_leave(fused, monkeypatch):
+    scores = network_scores(6000, 100)
+    expected = sinkhorn_labels(scores)
+    monkeypatch.setattr(fused, "STAY", 1)  # others are called for before each read
+    for _ in range(5):
+        result = sinkhorn_labels(scores)
+        assert (result.potential == expected.potential).all()
+        assert (result.labels == expected.labels).all()
+
+
 @pytest.fixture
 def threads():
     pytest.importorskip("numba")
