@@ -58,8 +58,8 @@ from sklearn_sela._threads import (
     all_done,
     close,
     finish,
-    n_left,
     open_read,
+    some_left,
     take,
 )
 
@@ -202,8 +202,9 @@ def _scan(s, start, stop, tops, found):  # type: ignore[no-untyped-def]
     wide, bits, k = _F(0), np.int32(0), s.shape[1]
     for i in range(start, stop):
         _prefetch_row(s, i + max(2, _FAR // k))
-        for j in range(0, k, LANES):
-            _prefetch_near(s, i + max(2, _NEAR // k), j)
+        if k < _NEAR:  # of long rows, what is next in them is found without being asked for
+            for j in range(0, k, LANES):
+                _prefetch_near(s, i + _NEAR // k, j)
         high, low = _LOW, _HIGH
         for j in range(k):
             x = _F(s[i, j])
@@ -399,7 +400,7 @@ def _lead(  # type: ignore[no-untyped-def]
     step made elsewhere would not be the same to the last bit.
     """
     c, reg, aims, most, path = ahead
-    numbers, before = path.numbers, n_left(counts)
+    numbers = path.numbers
     while True:
         if not how[READ]:
             how[READ] = 1.0
@@ -428,7 +429,7 @@ def _lead(  # type: ignore[no-untyped-def]
             prepare(v, how, LABELS, point, how[A])
         else:
             prepare(v, how, SUMS, path.vectors[NEXT], _LOG2E / _reg_of(path, reg))
-        if n_left(counts) > before:
+        if some_left(counts):
             return ALONE
         open_read(counts)
 

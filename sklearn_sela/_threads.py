@@ -3,7 +3,7 @@
 Blocks are given out by counting, to whoever comes, so that nobody is waited for who has none. What
 threads share are three counts, changed by single operations of the processor: the block that is
 given out next, with the number of the read above it; the blocks of the read that are done; and
-the threads that have left.
+the threads that have left. A fourth, of those that others were sent for, is the main thread's.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ COMPILE: dict[str, Any] = {
     "error_model": "numpy",
 }
 STAY = 1_000_000  # looks, some .5 ms: longer than what a solver does between two reads
-_LOOKS, _PAUSE = 100_000, 2e-4  # at how far the others are, and seconds before it looks again
-_NEXT, _DONE, _LEFT, _COUNTS = 0, 8, 16, 24  # places: each has a line of the cache for itself
+_LOOKS, _PAUSE = 400_000, 2e-4  # at how far the others are, and seconds before it looks again
+_NEXT, _DONE, _LEFT, _REPLACED, _COUNTS = 0, 8, 16, 24, 32  # places: each has a line of the cache
 _READ = 1 << 32
 _SUBNORMAL = np.float32(1e-39)
 
@@ -99,9 +99,9 @@ def all_done(counts, n_blocks, looks=0):  # type: ignore[no-untyped-def]
 
 
 @njit(**COMPILE)
-def n_left(counts):  # type: ignore[no-untyped-def]
-    """Threads that will not be there for another read."""
-    return _get(counts, _LEFT, 0)
+def some_left(counts):  # type: ignore[no-untyped-def]
+    """Whether threads have left for which no others were sent yet."""
+    return _get(counts, _LEFT, 0) > counts[_REPLACED]
 
 
 @njit(**COMPILE)
@@ -148,6 +148,7 @@ class Threads:
             pool, work = _pool(self._n_others), partial(self._kernel, *self._arguments)
             self._others += [pool.submit(work, self._stay) for _ in range(missing)]
             self._n_sent += missing
+            self._counts[_REPLACED] = self._n_sent - self._n_others
         return self.go_on(lead)
 
     def go_on(self, lead: Any = None) -> int:

@@ -345,6 +345,7 @@ def test_threads_stay_for_the_next_read_and_leave_at_the_end(threads):
     assert len({name for _, name in seen}) == 2
     assert len(reads._others) == 1  # sent once, for all of them
     assert not left.is_set()
+    assert not threads.some_left(reads._counts)
     reads.close()
     assert left.wait(60)
 
@@ -364,6 +365,7 @@ def test_reads_ask_for_others_when_those_before_have_left(threads):
         reads.read()
         while reads._counts[threads._LEFT] < n_left:
             time.sleep(0.01)
+        assert threads.some_left(reads._counts)
     assert len(names) == 6
     assert names.count(threading.current_thread().name) == 3
 
