@@ -1,7 +1,7 @@
 """The iterates of a fixed-point map, and where they lead: Anderson acceleration, level by level.
 
 In functions of arrays that numba, which reads may be fused by, can compile as they are. (What it
-has compiled of them is out of date once they change, until ``_kernels_numba.py`` does, too.)
+has compiled of them is out of date once they change, until ``_reads_numba.py`` does, too.)
 """
 
 from __future__ import annotations
